@@ -1,0 +1,35 @@
+# Each target makes what it needs. PYTHON is the interpreter the environment is made with (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint clean
+
+# Run time only.
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+# And what the tests need.
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(BIN)/pip install --quiet -r requirements-test.txt
+	touch $@
+
+demo: .venv/installed
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m experiments.quickstart --overwrite
+
+# -rs: a test that is skipped says why.
+test: .venv/installed-test
+	$(BIN)/python -m pytest -q -rs -n 2 -m "not slow"
+
+test-all: .venv/installed-test
+	$(BIN)/python -m pytest -q -rs -n 2
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,1 @@
+"""Weights in other people's formats to ours and back: `python -m convert VERB`."""

@@ -1,0 +1,136 @@
+"""A model of 10M parameters on the reviews of NSMC, with the released tokenizer, in 20 minutes on 2 CPU cores.
+
+Command:   python -m experiments.nsmc --reviews nsmc_raw_reviews.tsv.gz --tokenizer tokenizer.json
+Time:      about 25 minutes on 2 cores, 20 of them training; nearly all of it is the head of 30,080 rows
+Expected:  held-out loss of about EXPECTED bits per token, more than 1 below the unigram; see records/nsmc.json
+Leaves:    runs/nsmc/{data,run} (checkpoint, log, loss.png) and experiments/records/nsmc.json, nsmc.png
+
+Reviews: https://github.com/e9t/nsmc (CC0). One document is one review. The last 0.5 % of the reviews, the newest, are
+held out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+
+from experiments.baselines import trigram_bits, unigram_bits
+
+RECORDS = Path(__file__).parent / "records"
+PROMPTS = (
+    "이 영화는", "정말 재미있게", "배우들의 연기가", "스토리가 너무", "시간 가는 줄", "기대했는데", "내 인생 최고의",
+    "돈이 아깝다", "어릴 때 봤던", "평점이",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nsmc:
+    """Train on NSMC for a given time and record what came out."""
+
+    reviews: str
+    """nsmc_raw_reviews.tsv.gz, or any .tsv(.gz) with the column document."""
+    tokenizer: str
+    """The released tokenizer.json."""
+    minutes: float = 20
+    """Time to train for, as measured on the first steps; sets the number of steps."""
+    out: str = "runs/nsmc"
+    """Folder of the token files and of the run."""
+
+
+def main(experiment: Nsmc) -> None:
+    import numpy as np
+
+    import polyglot_jax
+    from polyglot_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+    from polyglot_jax.data import Batches
+    from polyglot_jax.log import read_log
+    from polyglot_jax.prepare.command import PrepareConfig, prepare
+    from polyglot_jax.train import train
+
+    out = Path(experiment.out)
+    manifest = prepare(
+        PrepareConfig(text=(experiment.reviews,), column="document", quoting="none", tokenizer=experiment.tokenizer,
+                      out=str(out / "data"), overwrite=True)
+    )  # fmt: skip
+    config = Config(
+        model=ModelConfig(layers=3, embed=256, heads=4, mlp=1024, context=128, tied=True),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, final_learning_rate=1e-4, warmup=0.05, b2=0.98, weight_decay=0.1
+        ),
+        data=DataConfig(paths=(str(out / "data"),), heldout=0.005),
+        train=TrainConfig(steps=30, batch_size=16, sequence_length=128, dtype="float32", remat="none",
+                          eval_every=100, eval_sequences=64, checkpoint_every=200),
+    )  # fmt: skip
+    # A short run first: how many steps fit into the time?
+    shutil.rmtree(out / "trial", ignore_errors=True)
+    train(config, out / "trial")
+    speed = [row["tokens_per_second"] for row in read_log(out / "trial") if "tokens_per_second" in row][-1]
+    tokens_per_step = config.train.batch_size * config.train.sequence_length
+    steps = max(100, round(experiment.minutes * 60 * speed / tokens_per_step / 100) * 100)
+    config = replace(config, train=replace(config.train, steps=steps, eval_sequences=0, eval_every=max(1, steps // 4)))
+
+    shutil.rmtree(out / "run", ignore_errors=True)
+    start, cpu = time.perf_counter(), time.process_time()
+    train(config, out / "run")
+    minutes, cpu_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu) / 60
+
+    rows = read_log(out / "run")
+    heldout = [row for row in rows if "heldout_loss" in row]
+    [corpus] = Batches(config).corpora
+    split = len(corpus.tokens) - corpus.heldout_tokens
+    tokens = np.asarray(corpus.tokens)
+    bits = {
+        "before": heldout[0]["heldout_loss"] / math.log(2),
+        "model": heldout[-1]["heldout_loss"] / math.log(2),
+        "unigram": unigram_bits(tokens[:split], tokens[split:], manifest["valid_ids"]),
+        "trigram": trigram_bits(tokens[:split], tokens[split:], manifest["valid_ids"]),
+    }
+    tokens_per_byte = heldout[-1]["heldout_bits_per_byte"] / bits["model"]
+    model = polyglot_jax.load(out / "run")
+    texts = model.generate(PROMPTS, max_new_tokens=30, temperature=0.8, top_p=0.95)
+    record = {
+        "what": "NSMC reviews, 10M parameters, trained on CPU",
+        "command": "python -m experiments.nsmc --reviews nsmc_raw_reviews.tsv.gz --tokenizer tokenizer.json",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "device": f"{platform.machine()} CPU, {__import__('os').cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")}
+        | {"python": platform.python_version()},
+        "config": json.loads(config.to_json()),
+        "parameters": config.model.parameters(),
+        "documents": manifest["documents"],
+        "corpus_tokens": manifest["tokens"],
+        "heldout_tokens": corpus.heldout_tokens,
+        "minutes": round(minutes, 2),
+        "cpu_minutes": round(cpu_minutes, 2),
+        "trained_tokens": steps * tokens_per_step,
+        "tokens_per_second": round(
+            float(np.median([r["tokens_per_second"] for r in rows if "tokens_per_second" in r]))
+        ),
+        "bits_per_token": {name: round(value, 4) for name, value in bits.items()},
+        "bits_per_byte": {name: round(value * tokens_per_byte, 4) for name, value in bits.items()},
+        "below_unigram_bits_per_token": round(bits["unigram"] - bits["model"], 4),
+        "continuations": [{"prompt": p, "continuation": t} for p, t in zip(PROMPTS, texts, strict=True)],
+    }
+    RECORDS.mkdir(exist_ok=True)
+    (RECORDS / "nsmc.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copy(out / "run" / "loss.png", RECORDS / "nsmc.png")
+    for name, value in bits.items():
+        print(f"{name:<8} {value:7.4f} bits per token {value * tokens_per_byte:7.4f} bits per byte")
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        print(f"{prompt}|{text}")
+    print(f"wrote {RECORDS / 'nsmc.json'}")
+    if record["below_unigram_bits_per_token"] < 1:
+        raise SystemExit("the model is less than 1 bit per token below the unigram: it has not learned enough")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Nsmc, prog="python -m experiments.nsmc"))

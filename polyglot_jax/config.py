@@ -1,0 +1,401 @@
+"""The one configuration: frozen, nested, plain values, shared by training, conversion, generation and evaluation.
+
+`Config.to_json` and `Config.from_json` are exact inverses. Every value is checked when it is made; a message names the
+dotted field, its value, the reason and, where there is one, the remedy. Nothing here knows JAX, files or devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+class InputError(ValueError):
+    """Bad input from outside. The message alone tells the user what is wrong and what to do."""
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _require(ok: bool, name: str, value: Any, reason: str) -> None:
+    if not ok:
+        raise InputError(f"{name}={value}: {reason}")
+
+
+def padded(ids: int, multiple: int = 128) -> int:
+    """`ids` rounded up to a multiple, as GPT-NeoX pads a vocabulary: 30,003 -> 30,080."""
+    return -(-ids // multiple) * multiple
+
+
+def _require_positive(section: str, obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        _require(value > 0, f"{section}.{name}", value, "must be above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture and nothing else: changing how it is trained or run never changes this section."""
+
+    vocab: int = 30_080
+    """Rows of the embedding and of the head: the tokenizer's ids rounded up to a multiple of 128."""
+    layers: int = 24
+    """Transformer layers."""
+    embed: int = 2048
+    """Width of the residual stream (d_model)."""
+    heads: int = 16
+    """Attention heads; each has embed / heads dimensions."""
+    mlp: int = 8192
+    """Width of the hidden layer of the MLP (d_ff)."""
+    context: int = 2048
+    """Longest sequence, in tokens."""
+    rotary_pct: float = 0.5
+    """Share of each head's dimensions that rotary position embedding turns."""
+    rotary_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    residual: Literal["parallel", "sequential"] = "parallel"
+    """parallel: x + attn(ln1(x)) + mlp(ln2(x)); sequential: the MLP sees the attention's output."""
+    activation: Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"] = "gelu"
+    """Hugging Face's names; plain gelu is the exact (erf) one, the other three gelus are its tanh approximation."""
+    tied: bool = False
+    """Whether the head is the embedding, transposed."""
+    norm_eps: float = 1e-5
+    """Added to the variance in LayerNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; projections back into the residual get init_std / sqrt(2 layers)."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed // self.heads
+
+    @property
+    def rotary_dims(self) -> int:
+        """Dimensions of each head that are rotated, as Hugging Face counts them: int(head_dim * rotary_pct)."""
+        return int(self.head_dim * self.rotary_pct)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> size: what every weight's shape is made of."""
+        return {
+            "vocab": self.vocab,
+            "layers": self.layers,
+            "embed": self.embed,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "mlp": self.mlp,
+        }
+
+    def parameters(self) -> int:
+        """Number of parameters by the closed formula; a test holds it against `eval_shape` of the model."""
+        d, f = self.embed, self.mlp
+        attention = 4 * d * d + 4 * d
+        mlp = 2 * d * f + f + d
+        head = 0 if self.tied else self.vocab * d
+        return self.vocab * d + self.layers * (attention + mlp + 4 * d) + 2 * d + head
+
+    def __post_init__(self) -> None:
+        _require_positive("model", self, "vocab", "layers", "embed", "heads", "mlp", "context", "norm_eps", "init_std")
+        _require(self.embed % self.heads == 0, "model.heads", self.heads, f"does not divide model.embed={self.embed}")
+        _require(0 < self.rotary_pct <= 1, "model.rotary_pct", self.rotary_pct, "must be above 0 and at most 1")
+        _require(
+            self.rotary_dims >= 2 and self.rotary_dims % 2 == 0,
+            "model.rotary_pct",
+            self.rotary_pct,
+            f"gives {self.rotary_dims} rotary dimensions of a head's {self.head_dim}; it must give an even number, "
+            "at least 2",
+        )
+        _require(self.rotary_base > 1, "model.rotary_base", self.rotary_base, "must be above 1")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; their product is the number of devices used."""
+
+    data: int = -1
+    """Copies of the model, each with its share of the batch; -1: every device the other axes leave."""
+    fsdp: int = 1
+    """Devices that share out weights and optimizer state, gathering each layer when it is needed."""
+    tensor: int = 1
+    """Devices that split heads, MLP and vocabulary of each layer."""
+
+    def __post_init__(self) -> None:
+        _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "must be above 0, or -1 for what is left")
+        _require_positive("mesh", self, "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping, linear warm-up and cosine decay."""
+
+    learning_rate: float = 2e-4
+    """Peak of the schedule."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    warmup: float = 0.01
+    """Share of the steps in which the learning rate rises from 0."""
+    decay_steps: int | None = None
+    """Step at which the cosine ends; None: train.steps."""
+    b1: float = 0.9
+    """Decay of Adam's first moment."""
+    b2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay, on matrices only (never on biases, norms or embeddings)."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, "learning_rate", "eps")
+        for name in ("final_learning_rate", "weight_decay", "clip"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        for name in ("warmup", "b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+        _require(
+            self.final_learning_rate <= self.learning_rate,
+            "optimizer.final_learning_rate",
+            self.final_learning_rate,
+            f"is above optimizer.learning_rate={self.learning_rate}",
+        )
+        _require(self.decay_steps is None or self.decay_steps > 0, "optimizer.decay_steps", self.decay_steps,
+                 "must be above 0, or none")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which token files, in what proportions, and what their tokenizer says of the ids."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--data",))] = ()
+    """Folders written by `prepare` (or .bin/.idx prefixes of GPT-NeoX), one or several."""
+    weights: tuple[float, ...] = ()
+    """Share of samples drawn from each of the paths; none: by their number of tokens."""
+    heldout: float = 0.01
+    """Share of each corpus, at its end, that is never trained on and gives the held-out loss."""
+    valid_ids: int | None = None
+    """Ids the tokenizer can give; the rest of model.vocab is padding, never a target, never generated."""
+    eos_id: int = 2
+    """Id of `<|endoftext|>`, at which generation stops."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.heldout < 1, "data.heldout", self.heldout, "must be in [0, 1)")
+        if self.weights:
+            _require(
+                len(self.weights) == len(self.paths),
+                "data.weights",
+                self.weights,
+                f"gives {len(self.weights)} weights for {len(self.paths)} paths",
+            )
+            _require(
+                all(w > 0 and math.isfinite(w) for w in self.weights), "data.weights", self.weights, "must be above 0"
+            )
+        _require(self.valid_ids is None or self.valid_ids > 0, "data.valid_ids", self.valid_ids, "must be above 0")
+        _require(self.eos_id >= 0, "data.eos_id", self.eos_id, "must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, in which precision, and what is kept."""
+
+    steps: int = 102_000
+    """Optimizer steps."""
+    batch_size: int = 1024
+    """Sequences in an optimizer step, over all devices."""
+    sequence_length: int = 2048
+    """Tokens predicted in a sequence; a sample holds one more."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other, to save memory."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the samples."""
+    dtype: Dtype = "bfloat16"
+    """Precision of activations and products; norms, softmax and loss are float32 all the same."""
+    param_dtype: Dtype = "float32"
+    """Precision of weights and optimizer state."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass recomputes: nothing; all but matrix products; each layer from its input."""
+    log_every: int = 10
+    """Steps between rows of the log; the loss is checked to be finite at each."""
+    eval_every: int = 1000
+    """Steps between held-out losses; one is always taken at the start and at the end; 0: those two only."""
+    eval_sequences: int = 1024
+    """Held-out sequences of one evaluation, from the front; 0: all of them."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is always written at the end; 0: that one only."""
+    keep: int = 3
+    """Newest checkpoints kept; 0: all."""
+
+    def __post_init__(self) -> None:
+        _require_positive("train", self, "steps", "batch_size", "sequence_length", "accumulate", "log_every")
+        for name in ("eval_every", "eval_sequences", "checkpoint_every", "keep"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        _require(0 <= self.seed < 2**31, "train.seed", self.seed, "must be in [0, 2^31)")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "train.accumulate",
+            self.accumulate,
+            f"does not divide train.batch_size={self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How tokens are chosen when generating."""
+
+    max_new_tokens: int = 64
+    """Most tokens made after the prompt."""
+    temperature: float = 0.0
+    """0: always the likeliest token; otherwise logits are divided by it and a token is drawn."""
+    top_k: int = 0
+    """Draw only from this many of the likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw only from the likeliest tokens that together reach this probability."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        _require_positive("sample", self, "max_new_tokens")
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "sample.temperature",
+            self.temperature,
+            "must be finite and not negative",
+        )
+        _require(self.top_k >= 0, "sample.top_k", self.top_k, "must not be negative")
+        _require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
+        _require(0 <= self.seed < 2**31, "sample.seed", self.seed, "must be in [0, 2^31)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run, a checkpoint or a generation needs to know."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        model, data = self.model, self.data
+        _require(
+            self.train.sequence_length <= model.context,
+            "train.sequence_length",
+            self.train.sequence_length,
+            f"is above model.context={model.context}",
+        )
+        _require(
+            data.valid_ids is None or data.valid_ids <= model.vocab,
+            "data.valid_ids",
+            data.valid_ids,
+            f"is above model.vocab={model.vocab}",
+        )
+        _require(data.eos_id < model.vocab, "data.eos_id", data.eos_id, f"is not below model.vocab={model.vocab}")
+
+    def with_tokenizer(self, valid_ids: int, eos_id: int) -> Config:
+        """This config with what its tokenizer says; InputError if the two do not belong together.
+
+        A vocabulary is padded to a multiple of 128, over up to 8 tensor-parallel ranks, so by fewer than 1,024 rows.
+        """
+        padding = self.model.vocab - valid_ids
+        _require(
+            0 <= padding < 1024,
+            "model.vocab",
+            self.model.vocab,
+            f"the tokenizer gives {valid_ids} ids; use the tokenizer this model was made for, or pass --model.vocab "
+            f"{padded(valid_ids)} to make a model for this tokenizer",
+        )
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, valid_ids=valid_ids, eos_id=eos_id))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The inverse of `to_json`. Absent fields take their defaults; unknown ones and wrong types are InputErrors."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"config is not JSON: {error}") from error
+        return from_plain(cls, value)
+
+
+def from_plain(cls: type, value: Any, name: str = "") -> Any:
+    """Build dataclass `cls` from nested dicts of plain JSON values, checking every name and type.
+
+    Also serves the dataclasses of other commands (`prepare`, `evaluate`), so that all JSON behaves alike.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{name or 'config'}={value!r}: expected an object of fields")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        dotted = ", ".join(f"{name}.{key}" if name else key for key in unknown)
+        raise InputError(f"{dotted}: no such field; {name or 'config'} has {', '.join(sorted(hints))}")
+    return cls(**{key: _typed(hints[key], item, f"{name}.{key}" if name else key) for key, item in value.items()})
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_plain(hint, value, name)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _require(value in args, name, repr(value), f"must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), name, repr(value), "must be a list")
+        return tuple(_typed(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if type(None) in args:
+        return None if value is None else _typed(args[0], value, name)
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, name, repr(value), f"must be of type {hint.__name__}")
+    return value
+
+
+def _polyglot(layers: int, embed: int, heads: int, rotary_pct: float, *, steps: int, batch_size: int,
+              learning_rate: float) -> Config:  # fmt: skip
+    """A released size. Published on the cards: the architecture, the context, the steps, the tokens.
+
+    batch_size is inferred: tokens / (steps * 2048) is 1020, 1018, 262 and 271, so 1024, 1024, 256 and 256.
+    Not published, taken from the parent GPT-NeoX configs (branch multilingual-ko, XL.yml and 13B.yml; for 3.8B and 5.8B
+    the rates today's configs give 1-3B and 6-7B): learning_rate, Adam's betas and eps, no weight decay, 1 % warm-up,
+    cosine to 0, clipping at 1, initial weights normal with 0.02. The 12.8B card counts 12,898,631,680 parameters, the
+    formula (exact for the three others) 12,893,603,840; no padded vocabulary explains the 5,027,840 between them.
+    """
+    return Config(
+        model=ModelConfig(layers=layers, embed=embed, heads=heads, mlp=4 * embed, rotary_pct=rotary_pct),
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        data=DataConfig(valid_ids=30_003),
+        train=TrainConfig(steps=steps, batch_size=batch_size),
+    )
+
+
+PRESETS: dict[str, Config] = {
+    # Not a published model: small enough to try everything on a laptop, with 8 heads so that any mesh of 8 divides it.
+    "tiny": Config(
+        model=ModelConfig(layers=4, embed=128, heads=8, mlp=512, context=256, tied=True),
+        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup=0.05, b2=0.99, weight_decay=0.1),
+        data=DataConfig(heldout=0.05),
+        train=TrainConfig(
+            steps=500,
+            batch_size=16,
+            sequence_length=128,
+            dtype="float32",
+            remat="none",
+            eval_every=100,
+            eval_sequences=64,
+            checkpoint_every=250,
+        ),
+    ),
+    "polyglot-ko-1.3b": _polyglot(24, 2048, 16, 0.5, steps=102_000, batch_size=1024, learning_rate=2e-4),
+    "polyglot-ko-3.8b": _polyglot(32, 3072, 24, 0.5, steps=105_000, batch_size=1024, learning_rate=2e-4),
+    "polyglot-ko-5.8b": _polyglot(28, 4096, 16, 0.25, steps=320_000, batch_size=256, learning_rate=1.2e-4),
+    "polyglot-ko-12.8b": _polyglot(40, 5120, 40, 0.5, steps=301_000, batch_size=256, learning_rate=1e-4),
+}

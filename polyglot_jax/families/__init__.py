@@ -1,0 +1,1 @@
+"""What other libraries call things: one module of plain data per architecture, no code paths."""

@@ -1,0 +1,40 @@
+"""What the devices can do at best: the denominators of utilisation."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bf16 FLOP/s of a chip, by jax.Device.device_kind. From the makers' data sheets.
+PEAK_BF16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """FLOP/s of all devices together, and where the figure is from.
+
+    For chips in the table their bf16 peak; for others (a CPU) the best a large matrix product in `dtype` reaches here,
+    shared by all simulated devices.
+    """
+    kind = jax.devices()[0].device_kind
+    if kind in PEAK_BF16:
+        return PEAK_BF16[kind] * jax.device_count(), f"{kind}, data sheet, bf16"
+    x = jnp.ones((2048, 2048), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds), f"{kind}, measured with a 2048 x 2048 x 2048 product in {dtype}"

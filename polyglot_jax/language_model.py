@@ -1,0 +1,206 @@
+"""`load` and the object a notebook holds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from polyglot_jax import steps
+from polyglot_jax.config import Config, InputError, SampleConfig
+from polyglot_jax.generate import Generator, bucket
+from polyglot_jax.model import Params, Transformer
+from polyglot_jax.tokenizer import Tokenizer
+from polyglot_jax.weights import load_params, open_source, read_tokenizer
+
+_CHUNK = 8  # tokens made on the device between two looks at the text
+
+
+class Scores(NamedTuple):
+    """Of each continuation: float64[N], the sum of its tokens' log-probabilities, and bool[N], whether it is greedy."""
+
+    log_probabilities: np.ndarray
+    is_greedy: np.ndarray
+
+
+def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> LanguageModel:
+    """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
+
+    mesh: axes data, fsdp, tensor (`sharding.make_mesh`); None: the first device. dtype: of weights and products; None:
+    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. InputError if `path` holds no model.
+    """
+    source = open_source(path)
+    config, tokenizer = read_tokenizer(source)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    params = load_params(source, mesh, jnp.dtype(dtype), split=True)
+    return LanguageModel(config, params, tokenizer, mesh)
+
+
+class LanguageModel:
+    """A model and its tokenizer. .config .params (a subtree per layer, as `apply` takes it) .tokenizer (or None)"""
+
+    def __init__(self, config: Config, params: Params, tokenizer: Tokenizer | None, mesh: Mesh | None = None):
+        self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
+        self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype)
+        self._generator = Generator(self.model, config, mesh)
+        self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
+        self._scores = jax.jit(functools.partial(_scores, self.model))
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        where = "one device" if self.mesh is None else dict(self.mesh.shape)
+        model = self.config.model
+        return (
+            f"LanguageModel({model.parameters():,} parameters, {model.layers} layers x {model.embed}, "
+            f"{self.model.dtype} on {next(iter(leaves[0].devices())).platform} ({where}), "
+            f"tokenizer: {f'{self.tokenizer.valid_ids:,} ids' if self.tokenizer else 'none'})"
+        )
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The continuations alone, one for each prompt (a single string counts as one prompt).
+
+        Arguments not given are those of config.sample. stop: None ends at <|endoftext|>; a list of strings ends before
+        the first of them instead; [] always makes max_new_tokens tokens.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            return []
+        sample = self._sample(max_new_tokens, temperature, top_k, top_p, seed)
+        eos, chunk = self.config.data.eos_id if stop is None else None, _CHUNK if stop else 0
+        texts: list[str] = []
+        with self._on_mesh():
+            for rows in self._generator.run(self.params, self._encode(prompts), sample, eos, chunk):
+                texts = [self._text(ids) for ids in rows]
+                if stop and all(_first_stop(text, stop) is not None for text in texts):
+                    break
+        return [text[: _first_stop(text, stop or ())] for text in texts]
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> Iterator[str]:
+        """Yield the text `generate` would return for the prompt, in pieces, as it is made.
+
+        A piece never ends within a character, nor in what may become a stop string.
+        """
+        sample = self._sample(max_new_tokens, temperature, top_k, top_p, seed)
+        eos = self.config.data.eos_id if stop is None else None
+        text, shown = "", 0
+        with self._on_mesh():
+            for rows in self._generator.run(self.params, self._encode([prompt]), sample, eos, _CHUNK):
+                text = self._text(rows[0])
+                end = _first_stop(text, stop or ())
+                safe = end if end is not None else len(text) - _unsettled(text, stop or ())
+                if safe > shown:
+                    yield text[shown:safe]
+                    shown = safe
+                if end is not None:
+                    return
+        if len(text) > shown:
+            yield text[shown:]
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """int[B, T] -> float32[B, T, vocab]: unmasked, rows of padding included."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.ndim != 2:
+            raise InputError(f"tokens: of shape {tokens.shape}; logits takes int[B, T]")
+        with self._on_mesh():
+            return self._logits(self.params, tokens)
+
+    def score(self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int = 16) -> Scores:
+        """How likely each continuation is after its context, over the whole padded vocabulary.
+
+        Context and continuation are encoded apart and joined; an empty context is <|endoftext|>; what is longer
+        than the model's context loses its beginning, as in the lm-evaluation-harness. InputError if a
+        continuation is empty.
+        """
+        if isinstance(contexts, str) or len(contexts) != len(continuations):
+            raise InputError(
+                f"contexts: {len(contexts)} for {len(continuations)} continuations; give a list of as many"
+            )
+        most = self.config.model.context
+        pairs = []
+        for before, after in zip(self._encode(contexts), self._tokens(continuations), strict=True):
+            if not 0 < len(after) <= most:
+                raise InputError(f"continuation of {len(after)} tokens; it must have 1 to model.context={most}")
+            pairs.append(((before + after)[-(most + 1) :], len(after)))
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
+        sums, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
+        with self._on_mesh():
+            for start in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch", leave=False):
+                chosen = order[start : start + batch_size]
+                width = bucket(len(pairs[chosen[0]][0]) - 1, 16, most)
+                tokens = np.zeros((batch_size, width + 1), np.int32)
+                weights = np.zeros((batch_size, width), bool)
+                for row, i in enumerate(chosen):
+                    ids, count = pairs[i]
+                    tokens[row, : len(ids)] = ids
+                    weights[row, len(ids) - 1 - count : len(ids) - 1] = True
+                batch_sums, batch_greedy = jax.device_get(self._scores(self.params, tokens, weights))
+                sums[chosen], greedy[chosen] = batch_sums[: len(chosen)], batch_greedy[: len(chosen)]
+        return Scores(sums, greedy)
+
+    def _sample(self, *given: Any) -> SampleConfig:
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        values = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+        return dataclasses.replace(self.config.sample, **values)
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.tokenizer is None:
+            raise InputError("this model came without a tokenizer.json; put one beside its weights, or use .logits")
+        return self.tokenizer.encode_batch(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids or [self.config.data.eos_id] for ids in self._tokens(texts)]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def _scores(model: Transformer, params: Params, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """tokens: int[B, T + 1]; weights: bool[B, T], which of tokens 1..T count -> float32[B], bool[B]."""
+    logits = model.apply({"params": params}, tokens[:, :-1])
+    losses = steps.losses_from_logits(logits, tokens[:, 1:])
+    is_likeliest = jnp.argmax(logits, axis=-1) == tokens[:, 1:]
+    return -jnp.where(weights, losses, 0).sum(-1), jnp.where(weights, is_likeliest, True).all(-1)
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins, or None."""
+    return min((at for at in (text.find(string) for string in stop) if at >= 0), default=None)
+
+
+def _unsettled(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of a text may still change: half a character, or the start of a stop string."""
+    broken = len(text) - len(text.rstrip("\ufffd"))
+    settled = text[: len(text) - broken]
+    beginnings = (n for string in stop for n in range(len(string) - 1, 0, -1) if settled.endswith(string[:n]))
+    return broken + max(beginnings, default=0)

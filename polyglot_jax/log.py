@@ -1,0 +1,70 @@
+"""A run's record: rows in log.jsonl and TensorBoard events while it runs, a picture of the losses at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def read_log(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's log; each has "step" and either training or held-out values. [] if there is none."""
+    file = Path(run) / "log.jsonl"
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the process died while it wrote this row
+    return rows
+
+
+class Log:
+    """Appends rows to a run's log."""
+
+    def __init__(self, run: str | Path, after: int):
+        """Go on after step `after`: later rows, left by a run that went further, are dropped.
+
+        0 is a new run: it logs its step 0 itself, whatever one killed before its first checkpoint left.
+        """
+        file = Path(run) / "log.jsonl"
+        kept = [row for row in read_log(run) if after and row["step"] <= after]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(file)
+        self._file = file.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=after + 1 if after else 0)
+
+    def write(self, step: int, **values: float) -> None:
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def plot_losses(run: str | Path) -> Path:
+    """Draw the training and held-out losses of a run's log to RUN/loss.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, file = read_log(run), Path(run) / "loss.png"
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held out", "o-")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(run).resolve().name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    return file

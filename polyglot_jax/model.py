@@ -1,0 +1,273 @@
+"""The Transformer: GPT-NeoX in Flax Linen, as pure `init` and `apply` over a plain tree of arrays.
+
+Shapes: B batch, T new tokens, S cache slots, D width (embed), H heads, K head dimensions, V vocabulary.
+Every weight is declared once, by the names of its axes; sizes come from the config by those names. The model knows no
+mesh, no disk and not whether it trains or decodes.
+
+Forward pass after Hugging Face's modeling_gpt_neox.py and GPT-NeoX's megatron/model/transformer.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+from polyglot_jax import attention
+from polyglot_jax.config import ModelConfig
+from polyglot_jax.sharding import constrain
+
+Params = dict[str, Any]
+Cache = tuple[dict[str, jax.Array], ...]
+
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    if name == "relu":
+        return jax.nn.relu(x)
+    return jax.nn.gelu(x, approximate=name in _TANH_GELU)
+
+
+def rotate(x: jax.Array, positions: jax.Array, dims: int, base: float) -> jax.Array:
+    """Rotary position embedding, halves form, on the first `dims` of each head. x: [B, T, H, K]; positions: [B, T].
+
+    Pair i (dimensions i and i + dims/2) turns by position * base^(-2i/dims); angles are float32.
+    """
+    frequencies = base ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second, rest = jnp.split(x, (dims // 2, dims), axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
+
+
+class _Named(struct.PyTreeNode, meta.AxisMetadata):
+    """A weight with the names of its axes. (Flax's own boxes also lay it out on the mesh; that is sharding's alone.)"""
+
+    value: Any
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, value: Any) -> _Named:
+        return self.replace(value=value)
+
+    def add_axis(self, index: int, params: dict[str, Any]) -> _Named:
+        return self.replace(names=(*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:]))
+
+    def remove_axis(self, index: int, params: dict[str, Any]) -> _Named:
+        return self.replace(names=self.names[:index] + self.names[index + 1 :])
+
+
+class _Part(nn.Module):
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def weight(self, name: str, axes: tuple[str, ...], init: Any) -> jax.Array:
+        """Declare a weight by its axis names."""
+        shape = tuple(self.config.sizes[axis] for axis in axes)
+        return self.param(name, lambda *args: _Named(init(*args), axes), shape, self.param_dtype)
+
+    def part(self, cls: type[_Part], **more: Any) -> Any:
+        return cls(self.config, self.dtype, self.param_dtype, **more)
+
+
+class LayerNorm(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]; statistics and scaling in float32."""
+        scale = self.weight("scale", ("embed",), nn.initializers.ones)
+        bias = self.weight("bias", ("embed",), nn.initializers.zeros)
+        wide = x.astype(jnp.float32)
+        wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.norm_eps)
+        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+class Linear(_Part):
+    """x W + b over named axes: `inputs` are contracted, `outputs` are made."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.weight("kernel", self.inputs + self.outputs, nn.initializers.normal(self.std))
+        bias = self.weight("bias", self.outputs, nn.initializers.zeros)
+        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
+        return y + bias.astype(self.dtype)
+
+
+class Attention(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        config = self.config
+        per_head = {"inputs": ("embed",), "outputs": ("heads", "head_dim"), "std": config.init_std}
+        q = self.part(Linear, **per_head, name="q")(x)
+        k = self.part(Linear, **per_head, name="k")(x)
+        v = self.part(Linear, **per_head, name="v")(x)
+        q = rotate(q, positions, config.rotary_dims, config.rotary_base)
+        k = rotate(k, positions, config.rotary_dims, config.rotary_base)
+        q, k, v = (constrain(y, "batch", "length", "heads", "head_dim") for y in (q, k, v))
+        if cache is None:
+            y = attention.causal(q, k, v)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = {
+                "k": cache["k"].at[rows, positions].set(k.astype(cache["k"].dtype), mode="drop"),
+                "v": cache["v"].at[rows, positions].set(v.astype(cache["v"].dtype), mode="drop"),
+            }
+            y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
+        std = config.init_std / math.sqrt(2 * config.layers)
+        return self.part(Linear, inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
+
+
+class MLP(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        y = self.part(Linear, inputs=("embed",), outputs=("mlp",), std=config.init_std, name="up")(x)
+        y = activate(config.activation, constrain(y, "batch", "length", "mlp"))
+        std = config.init_std / math.sqrt(2 * config.layers)
+        return self.part(Linear, inputs=("mlp",), outputs=("embed",), std=std, name="down")(y)
+
+
+class Layer(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        attended, cache = self.part(Attention, name="attention")(
+            self.part(LayerNorm, name="attention_norm")(x), positions, cache
+        )
+        middle = x + attended
+        seen = x if self.config.residual == "parallel" else middle
+        y = middle + self.part(MLP, name="mlp")(self.part(LayerNorm, name="mlp_norm")(seen))
+        return constrain(y, "batch", "length", "features"), cache
+
+
+class Embedding(_Part):
+    def setup(self) -> None:
+        self.kernel = self.weight("kernel", ("vocab", "embed"), nn.initializers.normal(self.config.init_std))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.kernel.astype(self.dtype)[tokens]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", x, self.kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+class Transformer(nn.Module):
+    """`init(key, tokens) -> {"params": tree}` and `apply({"params": tree}, tokens) -> logits`.
+
+    `init` stacks the layers ([layers, ...] leaves under "layers"), which is also the form on disk; `apply` scans them.
+    Given the tree of `split_layers`, `apply` runs them one by one instead, which is what decoding wants: a product
+    with a slice of a stacked array copies the slice first.
+
+    dtype is the precision of the products, param_dtype that of the weights `init` makes, remat what the backward pass
+    recomputes (`TrainConfig.remat`). In float32 every product is full float32 on every platform.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self) -> None:
+        parts = (self.config, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
+        layer = Layer
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+        self.embed = Embedding(*parts)
+        if self.is_initializing() or self.has_variable("params", "layers"):
+            self.layers = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.config.layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(*parts)
+        else:
+            self.layer = [layer(*parts) for _ in range(self.config.layers)]
+        self.final_norm = LayerNorm(*parts)
+        if not self.config.tied:
+            self.head = Embedding(*parts)
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Params:
+        """As `flax.linen.Module.init`, over plain arrays (axis names: `axes`)."""
+        return nn.unbox(super().init(rngs, *args, **kwargs))
+
+    def axes(self) -> Params:
+        """The tree of parameters with each leaf replaced by the tuple of its axis names."""
+        boxed = jax.eval_shape(lambda key: super(Transformer, self).init(key, jnp.zeros((1, 1), jnp.int32)),
+                               jax.random.key(0))  # fmt: skip
+        return jax.tree.map(lambda box: box.names, boxed["params"], is_leaf=lambda x: isinstance(x, _Named))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int[B, T] -> float32[B, T, V]: at each position, the logits of the next token."""
+        return self.logits(self.features(tokens)[0])
+
+    def features(
+        self, tokens: jax.Array, positions: jax.Array | None = None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """int[B, T] -> [B, T, D], normalised, ready for `logits`.
+
+        With a cache (`init_cache`; split layers only), `positions` int[B, T] says which slot each token takes; a token
+        sees the slots up to its own, and the new cache is returned.
+        """
+        with self._products():
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            x = constrain(self.embed(tokens), "batch", "length", "features")
+            if hasattr(self, "layers"):
+                if cache is not None:
+                    raise ValueError("a cache needs split layers: apply with split_layers(params)")
+                x, _ = self.layers(x, positions, None)
+            else:
+                caches = cache or (None,) * self.config.layers
+                new = []
+                for layer, slots in zip(self.layer, caches, strict=True):
+                    x, slots = layer(x, positions, slots)
+                    new.append(slots)
+                cache = tuple(new) if cache is not None else None
+            return self.final_norm(x), cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32[..., V], rows of padding included, as in GPT-NeoX."""
+        with self._products():
+            head = self.embed if self.config.tied else self.head
+            logits = head.logits(x)
+            return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        if jnp.dtype(self.dtype) == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()
+
+
+def abstract_params(config: ModelConfig, param_dtype: Any = jnp.float32) -> Params:
+    """The tree of parameters with shapes and dtypes only; nothing is computed."""
+    model = Transformer(config, param_dtype=param_dtype)
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def split_layers(params: Params) -> Params:
+    """Stacked tree -> the same weights with a subtree "layer_0", "layer_1", ... of its own for each layer."""
+    rest = {name: part for name, part in params.items() if name != "layers"}
+    count = len(jax.tree.leaves(params["layers"])[0])
+    return rest | {f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
+    """Zeros [B, S, H, K] for keys and values of each layer."""
+    shape = (batch, slots, config.heads, config.head_dim)
+    return tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.layers))

@@ -1,0 +1,321 @@
+"""One input file as rows: .txt, .jsonl, .csv and .tsv, plain or packed with .gz or .zst, streamed in flat memory.
+
+A row that cannot be used is yielded with its problem, for the caller to count. What makes the rest of a file doubtful
+too (a damaged archive, a quote that is never closed, no such column) is an InputError.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+import zstandard
+
+from polyglot_jax.config import InputError
+
+KINDS = (".txt", ".jsonl", ".csv", ".tsv")
+PACKINGS = ("", ".gz", ".zst")
+DEFAULT_COLUMNS = ("text", "document")
+
+Problem = Literal["encoding", "json", "column", "fields"]
+
+
+class Row(NamedTuple):
+    """One row of a file: its text or, where that cannot be had, the kind of problem and the reason in words."""
+
+    line: int
+    text: str = ""
+    problem: Problem | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """Which files, and where in them the text is."""
+
+    text: tuple[str, ...]
+    """Files or folders (walked in sorted order) of .txt, .jsonl, .csv or .tsv, each also as .gz or .zst."""
+    column: str | None = None
+    """Column of a .csv or .tsv, or key of a .jsonl, that holds the text; none: "text", else "document"."""
+    txt_documents: Literal["line", "paragraph", "file"] = "line"
+    """What is one document in a .txt: a line, a paragraph (up to a blank line), or the whole file."""
+    encoding: str = "utf-8"
+    """Encoding of the text, in Python's names: cp949 for old Korean files. A byte order mark is skipped."""
+    quoting: Literal["standard", "none"] = "standard"
+    """Whether quotes in a .csv or .tsv enclose fields, or are plain characters and each line is a row."""
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InputError("text: name at least one file or folder")
+        try:
+            "".encode(self.encoding)
+        except LookupError as error:
+            raise InputError(f"encoding={self.encoding}: Python knows no such text encoding") from error
+
+
+def kind_of(path: Path) -> str | None:
+    """The extension without its packing, ".jsonl" for "a.jsonl.gz"; None when it is not one that is read."""
+    name = path.name.lower()
+    return next((kind for kind in KINDS for packing in PACKINGS if name.endswith(kind + packing)), None)
+
+
+def find_files(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """The files to read, in order, and those in the given folders that are not: of another extension, or hidden.
+
+    Raises InputError for a path that is missing, unreadable, of an unknown extension, without files, or given twice.
+    """
+    known = f"{' '.join(KINDS)} (each also with .gz or .zst)"
+    files: list[Path] = []
+    skipped: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(
+                Path(folder, name)
+                for folder, _, names in os.walk(path, onerror=_unreadable, followlinks=True)
+                for name in names
+            )
+            found = [file for file in inside if kind_of(file) and not _hidden(file.relative_to(path))]
+            if not found:
+                raise InputError(f"text={path}: no file in this folder is one of {known}")
+            files += found
+            skipped += sorted(set(inside) - set(found))
+        elif not path.is_file():
+            raise InputError(f"text={path}: no such file or folder")
+        elif not kind_of(path):
+            raise InputError(f"text={path}: unknown extension; known are {known}")
+        else:
+            files.append(path)
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise InputError(f"text={file}: given twice; to weight a corpus, prepare it alone and use data.weights")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"text={file}: cannot be read; see its permissions, or where it links to")
+        seen.add(file.resolve())
+    return files, skipped
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"text={error.filename}: cannot be read ({error.strerror})") from error
+
+
+class Source(io.RawIOBase):
+    """The bytes of a file as stored; hashes them, and reports how many were read, on their way."""
+
+    def __init__(self, path: Path, progress: Callable[[int], object]) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._progress = progress
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._file.readinto(buffer)
+        self._hash.update(memoryview(buffer)[:count])
+        self._progress(count)
+        return count
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256, in hex, of the bytes read so far."""
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Zstd(io.RawIOBase):
+    """Decompressed bytes of a .zst of one or more frames.
+
+    zstandard's own stream reader ends in silence where a truncated frame ends; this one raises EOFError.
+    """
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame = self._decompressor.decompressobj()
+        self._inside = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._ready:
+            packed = b""
+            if self._frame.eof:
+                packed = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+                self._inside = False
+            packed = packed or self._source.read(1 << 17)
+            if not packed:
+                if self._inside:
+                    raise EOFError("a zstandard frame is cut off")
+                return 0
+            self._inside = True
+            self._ready = memoryview(self._frame.decompress(packed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]:
+    """Rows of the file `path`, whose stored bytes are `source`, in order.
+
+    Bytes that are not of the encoding arrive as lone surrogates ("surrogateescape"), so that one bad row costs no
+    other. Raises InputError when the file is a damaged archive, its quotes are wrong or it has no column of text.
+    """
+    kind = kind_of(path)
+    # csv wants the line ends as they are; elsewhere only a .txt may have any of the three kinds.
+    newline = {".txt": None, ".jsonl": "\n"}.get(kind, "" if config.quoting == "standard" else "\n")
+    encoding = "utf-8-sig" if codecs.lookup(config.encoding).name == "utf-8" else config.encoding
+    with ExitStack() as stack:
+        stream: IO[bytes] = stack.enter_context(io.BufferedReader(source, 1 << 17))
+        if path.name.lower().endswith(".gz"):
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        elif path.name.lower().endswith(".zst"):
+            stream = stack.enter_context(io.BufferedReader(_Zstd(stream)))
+        lines = stack.enter_context(io.TextIOWrapper(stream, encoding, "surrogateescape", newline))
+        try:
+            if kind == ".txt":
+                yield from _txt_rows(lines, config.txt_documents)
+            elif kind == ".jsonl":
+                yield from _jsonl_rows(path, lines, config)
+            else:
+                yield from _table_rows(path, lines, "," if kind == ".csv" else "\t", config)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise InputError(f"{path}: damaged or truncated archive ({error}); copy or download it again") from error
+        except UnicodeError as error:
+            raise InputError(f"{path}: encoding={config.encoding}: {error}; pass the one it is in") from error
+
+
+def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
+    if documents == "file":
+        yield Row(1, lines.read())
+    elif documents == "line":
+        for number, line in enumerate(lines, 1):
+            yield Row(number, line.rstrip("\n"))
+    else:
+        paragraph: list[str] = []
+        start = 1
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                start = start if paragraph else number
+                paragraph.append(line)
+            elif paragraph:
+                yield Row(start, "".join(paragraph).rstrip("\n"))
+                paragraph = []
+        if paragraph:
+            yield Row(start, "".join(paragraph).rstrip("\n"))
+
+
+def _jsonl_rows(path: Path, lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
+    column = config.column
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            yield Row(number)
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Row(number, problem="json", reason=f"not JSON: {error}")
+            continue
+        if not isinstance(value, dict):
+            yield Row(number, problem="json", reason=f"not a JSON object but {type(value).__name__}")
+            continue
+        column = column or _find_column(path, value, config)
+        text = value.get(column)
+        if isinstance(text, str):
+            yield Row(number, text)
+        elif column in value:
+            yield Row(number, problem="column", reason=f"{column!r} is not a string but {type(text).__name__}")
+        else:
+            yield Row(number, problem="column", reason=f"no {column!r} among {', '.join(value) or 'no keys'}")
+
+
+def _table_rows(path: Path, lines: IO[str], delimiter: str, config: ReaderConfig) -> Iterator[Row]:
+    records = _quoted(path, lines, delimiter) if config.quoting == "standard" else _unquoted(lines, delimiter)
+    header_line, header = next(records, (1, []))
+    if not header:
+        raise InputError(f"{path}: line {header_line}: no header; the first line must name the columns")
+    index = header.index(_find_column(path, header, config))
+    for line, fields in records:
+        if not fields:
+            yield Row(line)
+        elif len(fields) == len(header):
+            yield Row(line, fields[index])
+        else:
+            yield Row(line, problem="fields", reason=f"{len(fields)} fields where the header has {len(header)}")
+
+
+def _unquoted(lines: IO[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r\n")
+        yield number, line.split(delimiter) if line else []
+
+
+def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Records with the line each begins at, quotes taken as RFC 4180 has them; any doubt about one is an InputError.
+
+    A quote that is opened by mistake takes in the lines after it up to the next one, and nothing in the grammar says
+    so. Here a field that goes on over lines which look like whole rows is taken for that mistake: the delimiters in a
+    run of such lines must not reach 20. Five columns show it within 5 lines; two, of prose with a comma in it perhaps,
+    within 20. With one column there is only the cap of 1,000 lines.
+    """
+    # The module's limit of 131,072 characters would refuse long documents.
+    csv.field_size_limit(1 << 30)
+    begins, width = 1, 0
+
+    def watched() -> Iterator[str]:
+        alike = 0
+        for number, line in enumerate(lines, 1):
+            alike = alike + 1 if number > begins and line.count(delimiter) == width - 1 else 0
+            if alike * (width - 1) >= 20:
+                raise wrong("it takes in line after line that looks like a row of its own")
+            if number - begins >= 1000:
+                raise wrong("it is still open 1,000 lines later")
+            yield line
+
+    def wrong(reason: object) -> InputError:
+        return InputError(
+            f"{path}: line {begins}: a quoted field of this row is not closed as it should be: {reason}; if quotes "
+            "are plain characters in this file, pass --quoting none; if not, mend the line, or use .jsonl"
+        )
+
+    reader = csv.reader(watched(), delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            width = width or len(fields)
+            yield begins, fields
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise wrong(error) from error
+
+
+def _find_column(path: Path, columns: Sequence[str] | Mapping[str, object], config: ReaderConfig) -> str:
+    wanted = (config.column,) if config.column else DEFAULT_COLUMNS
+    for column in wanted:
+        if column in columns:
+            return column
+    raise InputError(
+        f"{path}: no column {' or '.join(wanted)} among {', '.join(columns) or 'none'}; name the one that holds the "
+        "text with --column (or pass --encoding, if these are garbled)"
+    )

@@ -1,0 +1,108 @@
+"""What training compiles: the step, its arguments' shapes and how they lie on the mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from polyglot_jax import sharding, steps
+from polyglot_jax.checkpoint import Checkpoint
+from polyglot_jax.config import Config
+from polyglot_jax.data import Batches
+from polyglot_jax.model import Params, Transformer, abstract_params
+from polyglot_jax.optimizer import make_optimizer
+from polyglot_jax.steps import Batch, TrainState
+
+
+class Program(NamedTuple):
+    """A config on a mesh. step: jitted (TrainState, Batch) -> (TrainState, metrics), its first argument given up.
+
+    abstract and batch: shapes, dtypes and shardings of the two arguments.
+    """
+
+    config: Config
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    step: Any
+    abstract: TrainState
+    batch: Batch
+
+    @classmethod
+    def make(cls, config: Config, mesh: Mesh) -> Program:
+        """Nothing is computed or placed yet."""
+        train = config.train
+        model = Transformer(config.model, train.dtype, train.param_dtype, train.remat)
+        optimizer = make_optimizer(config.optimizer, train.steps, model.axes())
+        abstract = _abstract_state(model, optimizer, mesh)
+        rows = NamedSharding(mesh, sharding.spec(("batch", "length")))
+        batch = Batch(
+            jax.ShapeDtypeStruct((train.batch_size, train.sequence_length + 1), jnp.int32, sharding=rows),
+            jax.ShapeDtypeStruct((train.batch_size, train.sequence_length), jnp.float32, sharding=rows),
+        )
+        layout = _layout(abstract)
+        step = jax.jit(
+            functools.partial(steps.train_step, model, optimizer, train.accumulate),
+            in_shardings=(layout, _layout(batch)),
+            out_shardings=(layout, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+        return cls(config, model, optimizer, step, abstract, batch)
+
+    def compile(self) -> Any:
+        """The step, compiled for these shapes."""
+        return self.step.lower(self.abstract, self.batch).compile()
+
+    def random_params(self) -> Params:
+        """Parameters drawn from train.seed, the same on every mesh."""
+        key, tokens = jax.random.key(self.config.train.seed), jnp.zeros((1, 1), jnp.int32)
+        return jax.jit(lambda: self.model.init(key, tokens)["params"], out_shardings=_layout(self.abstract.params))()
+
+    def first_state(self, params: Params) -> TrainState:
+        return TrainState(params, jax.jit(self.optimizer.init, out_shardings=_layout(self.abstract.optimizer))(params))
+
+    def restore(self, start: Checkpoint) -> TrainState:
+        """The state a run was left in; InputError if the checkpoint is another model's."""
+        return TrainState(start.restore_params(self.abstract.params), start.restore_optimizer(self.abstract.optimizer))
+
+    def batches(self, batches: Batches, first: int) -> Iterator[Batch]:
+        """The batches after step `first`, on the mesh, made ahead of time by Grain's threads."""
+        shape, where = self.batch.tokens.shape, self.batch.tokens.sharding
+        ones = np.ones(self.batch.weights.shape, np.float32)
+
+        def place(step: int) -> Batch:
+            read = functools.cache(lambda start, stop: batches.rows(step, start, stop))
+            return Batch(
+                jax.make_array_from_callback(shape, where, lambda index: read(*index[0].indices(shape[0])[:2])),
+                jax.make_array_from_callback(ones.shape, where, lambda index: ones[index]),
+            )
+
+        numbers = grain.MapDataset.range(first, self.config.train.steps).map(place)
+        return iter(numbers.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def _layout(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Moments lie where their parameters do; what belongs to no parameter is everywhere."""
+    params = abstract_params(model.config, model.param_dtype)
+    moments = jax.eval_shape(optimizer.init, params)
+    layout = sharding.shardings(mesh, model.axes())
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = optax.tree_map_params(
+        optimizer, lambda _, where: where, moments, layout, transform_non_params=lambda _: everywhere
+    )
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        TrainState(params, moments),
+        TrainState(layout, places),
+    )

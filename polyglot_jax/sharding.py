@@ -1,0 +1,94 @@
+"""Where arrays live: one table from axis names to mesh axes.
+
+The model names the axes of its weights and activations; this file alone says over which mesh axes they are split.
+An axis name that the table does not hold raises (Flax would quietly replicate it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from polyglot_jax.config import Config, InputError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Axis name -> the mesh axes it is split over.
+RULES: dict[str, tuple[str, ...]] = {
+    # weights
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "features": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor over `devices` (default: all); InputError if they do not suffice."""
+    devices = jax.devices() if devices is None else list(devices)
+    fixed = config.fsdp * config.tensor
+    if config.data == -1 and len(devices) % fixed:
+        raise InputError(
+            f"mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}: {fixed} does not divide the {len(devices)} "
+            "devices here; give mesh.data too, or sizes that divide"
+        )
+    data = len(devices) // fixed if config.data == -1 else config.data
+    needed = data * fixed
+    if needed > len(devices):
+        raise InputError(
+            f"mesh.data={data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}: needs {needed} devices, but "
+            f"{len(devices)} are here ({devices[0].platform}); lower the sizes"
+        )
+    return jax.make_mesh(
+        (data, config.fsdp, config.tensor),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices[:needed],
+    )
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """InputError, by dotted name, for each size of `config` that does not divide over `mesh`."""
+    shape = mesh.shape
+    for name in ("vocab", "embed", "heads", "mlp"):
+        for axis in RULES[name]:
+            if config.model.sizes[name] % shape[axis]:
+                raise InputError(f"mesh.{axis}={shape[axis]}: does not divide model.{name}={config.model.sizes[name]}")
+    replicas = shape["data"] * shape["fsdp"]
+    part = config.train.batch_size // config.train.accumulate
+    if part % replicas:
+        raise InputError(
+            f"train.batch_size={config.train.batch_size}: its {config.train.accumulate} part(s) of {part} sequences do "
+            f"not divide over mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']} = {replicas}"
+        )
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array with these axis names; None is an axis of no name, never split."""
+    parts: list[Any] = []
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise KeyError(f"axis {axis!r} has no rule in polyglot_jax.sharding.RULES")
+        parts.append(RULES[axis] or None if axis is not None else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(mesh: Mesh, axes: Any) -> Any:
+    """A tree of NamedShardings from a tree whose leaves are tuples of axis names."""
+    return jax.tree.map(lambda names: NamedSharding(mesh, spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Ask the compiler to lay `x` out by its axis names on the mesh of `jax.set_mesh`; without a mesh, nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
