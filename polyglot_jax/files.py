@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,9 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # TensorStore reports a full disk in the text of an exception of its own.
         if is_full or "No space left on device" in str(error):
+            for _ in range(5):  # Orbax's other threads write on for a moment, and make the folder anew
+                time.sleep(0.1)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise InputError(f"{path}: the disk is full, nothing was written there; make room and retry") from error
         raise
     shutil.rmtree(old, ignore_errors=True)

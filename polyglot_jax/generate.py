@@ -43,8 +43,10 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A token is kept while those likelier than it have not reached top_p; the likeliest always is.
-    kept = jnp.where((before < sampling.top_p) & jnp.isfinite(ordered), ordered, jnp.inf)
+    # A token is kept while those likelier than it have not reached top_p; the likeliest always is. (At 1 all are kept:
+    # rounding lets the sum reach 1 before the last of them.)
+    is_kept = (before < sampling.top_p) | (sampling.top_p >= 1)
+    kept = jnp.where(is_kept & jnp.isfinite(ordered), ordered, jnp.inf)
     return jnp.where(logits >= kept.min(axis=-1, keepdims=True), logits, -jnp.inf)
 
 

@@ -58,8 +58,13 @@ class HfFolder:
     def _where(self) -> dict[str, Path]:
         """Key -> the file that holds it."""
         if (self.path / "model.safetensors.index.json").is_file():
-            index = self._json("model.safetensors.index.json")["weight_map"]
-            return {key: self.path / name for key, name in index.items()}
+            index = self._json("model.safetensors.index.json")
+            try:
+                return {key: self.path / name for key, name in index["weight_map"].items()}
+            except (AttributeError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path}/model.safetensors.index.json: no weight_map of file names; fetch it again"
+                ) from error
         file = self.path / "model.safetensors"
         if not file.is_file():
             raise InputError(f"{self.path}: has neither model.safetensors nor model.safetensors.index.json")

@@ -44,18 +44,22 @@ def config_from_theirs(theirs: Mapping[str, Any], source: str = "config.json") -
     """Our Config from a Hugging Face config, refusing by name whatever is neither handled nor known to be harmless."""
     if "model_type" not in theirs:
         raise InputError(f"{source}: has no model_type, so it is not a Hugging Face model config")
-    tables = family(theirs["model_type"])
+    try:
+        tables = family(theirs["model_type"])
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     left = {key: value for key, value in _flat(theirs).items() if key not in tables.HARMLESS}
     sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for ours, keys, default, values in tables.FIELDS:
         found = {key: left.pop(key) for key in keys.split("|") if key in left}
-        if len(set(found.values())) > 1:
+        if any(value != next(iter(found.values())) for value in found.values()):
             raise InputError(f"{source}: {' and '.join(f'{k}={v}' for k, v in found.items())} contradict each other")
         value = next(iter(found.values()), default)
         if values is not None:
-            if value not in values:
+            meant = [mine for their, mine in values.items() if their == value]
+            if not meant:
                 raise InputError(f"{source}: {keys}={value!r}: must be one of {', '.join(map(repr, values))}")
-            value = values[value]
+            value = meant[0]
         section, name = ours.split(".")
         sections[section][name] = value
     for key, only in tables.REQUIRED.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -105,12 +106,12 @@ class Reporter:
         self.check_finite(step)
         size = self._config.train.batch_size // self._config.train.accumulate
         loss, count, length = 0.0, 0.0, 0
-        rows = list(self._batches.heldout(self._config.train.eval_sequences))
-        for start in range(0, len(rows), size):
-            tokens, weights = (np.stack(part) for part in zip(*rows[start : start + size], strict=True))
+        rows = self._batches.heldout(self._config.train.eval_sequences)
+        while part := list(itertools.islice(rows, size)):
+            tokens, weights = map(np.stack, zip(*part, strict=True))
             missing = ((0, size - len(tokens)), (0, 0))
-            part = Batch(np.pad(tokens, missing), np.pad(weights, missing))
-            loss += float(self._losses(state.params, jax.device_put(part, self._program.batch.tokens.sharding)))
+            batch = Batch(np.pad(tokens, missing), np.pad(weights, missing))
+            loss += float(self._losses(state.params, jax.device_put(batch, self._program.batch.tokens.sharding)))
             count += float(weights.sum())
             if self._bytes is not None:
                 length += int(self._bytes[tokens[:, 1:]][weights > 0].sum())

@@ -66,7 +66,7 @@ def train_step(
     loss, grads = gradients(model, state.params, batch, parts)
     updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads).astype(jnp.float32)}
+    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads).astype(jnp.float32)}
     return TrainState(params, opt_state), metrics
 
 

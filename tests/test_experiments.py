@@ -1,0 +1,68 @@
+"""The sample, the baselines and the demo."""
+
+import json
+import math
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from experiments.baselines import trigram_bits, unigram_bits
+
+SAMPLE = sorted((ROOT / "experiments" / "sample").glob("*.txt"))
+
+
+def test_the_sample_is_60_kb_of_korean_without_repeats():
+    texts = [file.read_text(encoding="utf-8") for file in SAMPLE]
+    assert sum(len(text.encode()) for text in texts) >= 60_000
+    lines = [line for text in texts for line in text.splitlines()]
+    assert len(lines) == len(set(lines)) > 200
+    for text in texts:
+        assert unicodedata.normalize("NFC", text) == text
+        letters = [char for char in text if not char.isspace()]
+        assert sum("가" <= char <= "힣" for char in letters) / len(letters) > 0.85
+
+
+def test_unigram_bits_by_hand():
+    # counts plus one of the 3 ids: 3, 2, 1 of 6; heldout[1:] is 0, 2
+    assert unigram_bits(np.array([0, 0, 1]), np.array([1, 0, 2]), 3) == pytest.approx(
+        (math.log2(6 / 3) + math.log2(6 / 1)) / 2
+    )
+
+
+@pytest.mark.parametrize("context", [[1, 2], [2, 2], [6, 6], [0, 6]])
+def test_the_trigram_sums_to_one_after_any_context(context):
+    vocab, train = 7, np.random.default_rng(0).integers(0, 6, 500)  # id 6 never occurs
+    total = 0.0
+    for token in range(vocab):
+        # bits are a mean over the tokens after the first: taking the first one's away leaves the last one's
+        both = 2 * trigram_bits(train, np.array([*context, token]), vocab)
+        total += 2.0 ** -(both - trigram_bits(train, np.array(context), vocab))
+    assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_the_trigram_learns_a_cycle_the_unigram_cannot():
+    train = np.tile([0, 1, 0, 2], 300)
+    heldout = np.tile([0, 1, 0, 2], 10)
+    assert unigram_bits(train, heldout, 3) > 1.4
+    assert trigram_bits(train, heldout, 3) < 0.2
+
+
+@pytest.mark.slow
+def test_the_demo_learns_converts_and_generates(tmp_path):
+    out = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.quickstart", "--out", str(out)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    heldout = [row["heldout_bits_per_byte"] for row in rows if "heldout_loss" in row]
+    assert heldout[-1] < heldout[0] - 0.6
+    unigram = float(done.stdout.split("unigram frequencies")[1].split()[0])
+    assert heldout[-1] < unigram - 0.3
+    assert "hold the same weights, bit for bit" in done.stdout
+    assert (out / "run" / "loss.png").stat().st_size > 5_000
+    assert (out / "huggingface" / "model.safetensors").is_file()

@@ -1,0 +1,470 @@
+"""Training is a pure function of (config, files, seed, step): the same on any mesh, however often it is stopped."""
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from runs import EOS, MODEL, bits, make_config, random_corpus, text_corpus, untimed_log, write_corpus
+from tensorboardX.proto.event_pb2 import Event
+
+from polyglot_jax import report, steps
+from polyglot_jax.checkpoint import Checkpoint, newest
+from polyglot_jax.config import InputError
+from polyglot_jax.log import read_log
+from polyglot_jax.model import Transformer, abstract_params
+from polyglot_jax.program import Program
+from polyglot_jax.sharding import make_mesh
+from polyglot_jax.steps import Batch
+from polyglot_jax.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs that are equal are compiled once for all tests of this file."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def unmeasured_device(monkeypatch):
+    """The large product that measures a CPU takes longer than a run here."""
+    monkeypatch.setattr(report, "peak_flops", lambda dtype: (1e12, "assumed"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return random_corpus(tmp_path_factory.mktemp("data") / "corpus", tokens=3200)
+
+
+def losses(run):
+    return np.array([row["loss"] for row in read_log(run) if "loss" in row])
+
+
+def heldout_losses(run):
+    return [row["heldout_loss"] for row in read_log(run) if "heldout_loss" in row]
+
+
+def contents(checkpoint):
+    """Every parameter and every leaf of the optimizer's state of a checkpoint, bit for bit."""
+    found = Checkpoint(checkpoint)
+    state = Program.make(found.config, make_mesh(found.config.mesh)).restore(found)
+    return found.step, bits(state)
+
+
+def equal_runs(one, two):
+    assert untimed_log(one) == untimed_log(two)
+    assert contents(newest(one)) == contents(newest(two))
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_until(monkeypatch, step, *args):
+    """Train, and stop as abruptly as an exception can once `step` is reported."""
+    report_step = report.Reporter.step
+
+    def stopping(self, now, metrics):
+        report_step(self, now, metrics)
+        if now == step:
+            raise Stopped
+
+    with monkeypatch.context() as patches, pytest.raises(Stopped):
+        patches.setattr(report.Reporter, "step", stopping)
+        train(*args)
+
+
+# --- The same on any mesh and in any number of parts ---
+
+
+@pytest.fixture(scope="module")
+def on_one_device(corpus, tmp_path_factory):
+    run = tmp_path_factory.mktemp("one") / "run"
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(report, "peak_flops", lambda dtype: (1e12, "assumed"))
+        train(make_config(corpus, train__steps=20), run)
+    assert len(losses(run)) == 20 and len(set(losses(run))) == 20
+    return run
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, tensor",
+    [
+        (2, 2, 2),
+        pytest.param(8, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 8, 1, marks=pytest.mark.slow),
+        pytest.param(1, 1, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_losses_are_the_same_on_any_mesh(corpus, on_one_device, tmp_path, data, fsdp, tensor):
+    sizes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    train(make_config(corpus, train__steps=20, **sizes), tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_one_device), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(heldout_losses(tmp_path / "run"), heldout_losses(on_one_device), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts, data", [(4, 1), (8, 1), (2, 4)])
+def test_accumulated_losses_are_those_of_the_whole_batch(corpus, on_one_device, tmp_path, parts, data):
+    train(make_config(corpus, train__steps=20, train__accumulate=parts, mesh__data=data), tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_one_device), rtol=0, atol=1e-5)
+
+
+def test_parts_with_few_tokens_weigh_less():
+    """Gradients of a batch whose rows count differently, one of them not at all."""
+    config = make_config().model
+    model = Transformer(config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_params(config, jnp.float32)
+    )
+    weights = rng.random((8, 16), np.float32) * (rng.random((8, 16)) < 0.7)
+    weights[3], weights[5, 1:] = 0, 0
+    batch = Batch(rng.integers(0, config.vocab, (8, 17), np.int32), weights.astype(np.float32))
+    compute = jax.jit(steps.gradients, static_argnums=(0, 3))
+    each = jax.jit(steps.token_losses, static_argnums=0)
+    (whole, gradient), (sum_, parts) = compute(model, params, batch, 1), compute(model, params, batch, 4)
+    expected = np.asarray(each(model, params, batch.tokens), np.float64)
+    np.testing.assert_allclose(whole, (expected * weights).sum() / weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(sum_, whole, rtol=1e-6)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+    assert largest > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), parts, gradient)
+
+
+# --- Stopped and resumed ---
+
+
+@pytest.fixture(scope="module")
+def settings(corpus):
+    return {"train__steps": 10, "train__log_every": 3, "train__eval_every": 4, "train__checkpoint_every": 4}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, settings, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(report, "peak_flops", lambda dtype: (1e12, "assumed"))
+        train(make_config(corpus, **settings), run)
+    assert [row["step"] for row in read_log(run)] == [0, 3, 4, 6, 8, 9, 10, 10]
+    return run
+
+
+@pytest.mark.parametrize("stop", [2, 5, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 7, 9))])
+def test_a_run_stopped_and_resumed_is_the_same_bit_for_bit(
+    corpus, settings, uninterrupted, tmp_path, monkeypatch, stop
+):
+    """Stopped before the first checkpoint, at a row of the log and between two; then by the same call to the end."""
+    config, run = make_config(corpus, **settings), tmp_path / "run"
+    train_until(monkeypatch, stop, config, run)
+    assert read_log(run)[-1]["step"] in (0, 3, 4, 6, 8, 9)
+    kept = newest(run)
+    assert (kept and int(kept.name)) == {2: None, 3: None, 5: 4, 7: 4, 9: 8}[stop]
+    assert train(config, run) == run / "checkpoints" / "10"
+    equal_runs(run, uninterrupted)
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_after_the_restored_step_are_dropped_and_a_torn_one_too(
+    corpus, settings, uninterrupted, tmp_path, monkeypatch
+):
+    config, run = make_config(corpus, **settings), tmp_path / "run"
+    train_until(monkeypatch, 7, config, run)
+    assert [row["step"] for row in read_log(run)] == [0, 3, 4, 6]
+    with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 7, "loss": 99.0}\n{"step": 9, "lo')
+    assert [row["step"] for row in read_log(run)] == [0, 3, 4, 6, 7]
+    train(config, run)
+    equal_runs(run, uninterrupted)
+
+
+def events(run):
+    """(step, tag, value) of every scalar in the run's TensorBoard files; records are length, crc, bytes, crc."""
+    found = []
+    for file in sorted((run / "tensorboard").iterdir()):
+        content, at = file.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            at += 16 + length
+    return found
+
+
+def test_tensorboard_holds_what_the_log_holds(uninterrupted):
+    rows = read_log(uninterrupted)
+    expected = [(row["step"], tag, value) for row in rows for tag, value in row.items() if tag != "step"]
+    found = events(uninterrupted)
+    assert [event[:2] for event in found] == [row[:2] for row in expected]
+    np.testing.assert_allclose([event[2] for event in found], [row[2] for row in expected], rtol=1e-6)
+    assert {"loss", "heldout_loss", "learning_rate", "gradient_norm", "mfu"} <= {tag for _, tag, _ in found}
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+    """Real processes and SIGKILL: while it trains, while it writes a checkpoint, and at random."""
+    corpus, tokenizer = text_corpus(tmp_path / "corpus")
+    arguments = [sys.executable, "-m", "polyglot_jax", "train", "--data", corpus, "--mesh.data", "1"]
+    flags = {"vocab": 384, "layers": 2, "embed": 32, "heads": 8, "mlp": 64, "context": 32}
+    arguments += [part for name, value in flags.items() for part in (f"--model.{name}", str(value))]
+    flags = {"steps": 60, "sequence-length": 16, "batch-size": 8, "log-every": 1, "checkpoint-every": 3}
+    arguments += [part for name, value in flags.items() for part in (f"--train.{name}", str(value))]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*arguments, "--out", whole], cwd=ROOT, env=environment, check=True, capture_output=True)
+
+    rng = random.Random(0)
+
+    def is_writing():
+        return any((killed / "checkpoints").glob("*.incomplete"))
+
+    def has_grown(rows):
+        return len(read_log(killed)) >= rows
+
+    moments = [
+        lambda before: has_grown(before + 1),
+        lambda before: is_writing(),
+        lambda before: has_grown(before + rng.randrange(2, 6)),
+        lambda before: is_writing() and has_grown(before + 4),
+        lambda before: has_grown(before + rng.randrange(2, 9)),
+    ]
+    torn = 0
+    for reached in moments:
+        before = len(read_log(killed))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([*arguments, "--out", killed], cwd=ROOT, env=environment, **quiet)
+        while process.poll() is None and not reached(before):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        torn += is_writing()
+    assert torn, "no kill fell into the writing of a checkpoint"
+    last = subprocess.run([*arguments, "--out", killed], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    equal_runs(killed, whole)
+    assert not is_writing()
+    assert (killed / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_json()
+
+
+def test_a_run_that_is_finished_returns_and_touches_nothing(corpus, settings, uninterrupted, capsys):
+    before = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*")}
+    assert train(make_config(corpus, **settings), uninterrupted) == uninterrupted / "checkpoints" / "10"
+    assert "is at step 10 already; raise --train.steps above 10 to go on" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "name, value, line",
+    [
+        ("model__layers", 3, "model.layers is 2 there, 3 here"),
+        ("model__norm_eps", 1e-6, "model.norm_eps is 1e-05 there, 1e-06 here"),
+        ("optimizer__learning_rate", 2e-3, "optimizer.learning_rate is 0.001 there, 0.002 here"),
+        ("optimizer__decay_steps", None, "optimizer.decay_steps is 40 there, null here"),
+        ("data__heldout", 0.2, "data.heldout is 0.1 there, 0.2 here"),
+        ("train__seed", 1, "train.seed is 0 there, 1 here"),
+        ("train__batch_size", 4, "train.batch_size is 8 there, 4 here"),
+        ("train__sequence_length", 8, "train.sequence_length is 16 there, 8 here"),
+        ("train__dtype", "bfloat16", 'train.dtype is "float32" there, "bfloat16" here'),
+        ("train__accumulate", 2, "train.accumulate is 1 there, 2 here"),
+    ],
+)
+def test_another_setting_is_refused_on_resuming_by_its_name(corpus, settings, uninterrupted, name, value, line):
+    with pytest.raises(InputError, match="a run with other settings is there: ") as caught:
+        train(make_config(corpus, **(settings | {name: value, "train__steps": 12})), uninterrupted)
+    assert str(caught.value).startswith(f"--out {uninterrupted}: ")
+    assert f": {line}; give the same settings" in str(caught.value)
+
+
+def test_another_corpus_is_refused_on_resuming(corpus, settings, uninterrupted, tmp_path):
+    other = random_corpus(tmp_path / "other", tokens=3200)
+    with pytest.raises(InputError, match=rf'data\.paths is \["{corpus}"\] there, \["{other}"\] here'):
+        train(make_config(other, **settings), uninterrupted)
+
+
+def test_more_steps_another_mesh_and_another_rhythm_are_allowed_on_resuming(corpus, on_one_device, tmp_path):
+    run = tmp_path / "run"
+    train(make_config(corpus, train__steps=10), run)
+    changed = {
+        "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__log_every": 5, "train__eval_every": 7,
+        "train__eval_sequences": 3, "train__checkpoint_every": 6, "train__keep": 2, "sample__temperature": 0.5,
+    }  # fmt: skip
+    train(make_config(corpus, train__steps=20, **changed), run)
+    assert [row["step"] for row in read_log(run) if "loss" in row] == [*range(1, 11), 15, 20]
+    np.testing.assert_allclose(losses(run)[:10], losses(on_one_device)[:10], rtol=0, atol=0)
+    np.testing.assert_allclose(losses(run)[10:], losses(on_one_device)[[14, 19]], rtol=0, atol=1e-5)
+    assert sorted(int(item.name) for item in (run / "checkpoints").iterdir()) == [18, 20]
+    assert Checkpoint(newest(run)).config.sample.temperature == 0.5
+
+
+def test_a_folder_that_is_no_run_is_refused(corpus, tmp_path):
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(InputError, match=rf"^--out {tmp_path}: exists and is not a training run; choose another"):
+        train(make_config(corpus), tmp_path)
+    with pytest.raises(InputError, match=r"letter\.txt: exists and is not a training run"):
+        train(make_config(corpus), tmp_path / "letter.txt")
+    assert [item.name for item in tmp_path.iterdir()] == ["letter.txt"]
+
+
+# --- What is compiled, what stops a run ---
+
+
+def test_a_run_traces_its_step_and_its_held_out_loss_once(corpus, settings, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(steps, "train_step", chex.assert_max_traces(steps.train_step, n=1))
+    # The step's own trace, and that of all held-out losses: rows that do not fill a batch are no new shape.
+    monkeypatch.setattr(steps, "token_losses", chex.assert_max_traces(steps.token_losses, n=2))
+    train(make_config(corpus, **settings | {"train__eval_sequences": 13}), tmp_path / "run")
+    assert len(heldout_losses(tmp_path / "run")) == 4
+    with pytest.raises(AssertionError, match="is traced > 2 times"):
+        jax.jit(steps.token_losses, static_argnums=0)(None, {}, jnp.zeros((1, 1), jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["loss", pytest.param("gradient_norm", marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(corpus, tmp_path, monkeypatch, name):
+    train_step = steps.train_step
+
+    def failing(model, optimizer, parts, state, batch):
+        count = next(leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.dtype == jnp.int32)
+        new, metrics = train_step(model, optimizer, parts, state, batch)
+        return new, metrics | {name: jnp.where(count == 5, jnp.nan, metrics[name])}  # in the sixth step
+
+    monkeypatch.setattr(steps, "train_step", failing)
+    run = tmp_path / "run"
+    config = make_config(corpus, train__steps=12, train__log_every=4, train__checkpoint_every=3)
+    newest_one = rf"\(newest checkpoint: {run}/checkpoints/3\)"
+    message = rf"^steps 5 to 6: {name}=nan at step 6; nothing after it was saved {newest_one}"
+    with pytest.raises(InputError, match=message):
+        train(config, run)
+    assert [item.name for item in (run / "checkpoints").iterdir()] == ["3"]
+    assert [row["step"] for row in read_log(run)] == [0, 4]
+
+
+@pytest.mark.slow
+def test_a_learning_rate_far_too_high_stops_the_run(corpus, tmp_path):
+    config = make_config(corpus, optimizer__learning_rate=1e30, train__steps=8, train__log_every=8)
+    message = r"^steps 1 to 8: .*=(nan|inf) at step 2; .*\(newest checkpoint: none\); lower optimizer\.learning_rate"
+    with pytest.raises(InputError, match=message):
+        train(config, tmp_path / "run")
+    assert newest(tmp_path / "run") is None
+
+
+# --- What is learnt ---
+
+
+def test_the_loss_falls_on_text_that_can_be_learnt(tmp_path):
+    pattern = [[3 + (start + i) % 7 for i in range(33)] for start in range(60)]
+    config = make_config(
+        write_corpus(tmp_path / "corpus", pattern), train__steps=40, optimizer__learning_rate=2e-2, train__log_every=10
+    )
+    train(config, tmp_path / "run")
+    before, after = heldout_losses(tmp_path / "run")
+    assert abs(before - np.log(MODEL["vocab"])) < 0.1
+    # Seven ids in a fixed order; chance among seven would be 1.95.
+    assert after < 1 and losses(tmp_path / "run")[-1] < 1
+
+
+def test_held_out_bits_per_byte_are_those_of_the_text(tmp_path):
+    folder, tokenizer = text_corpus(tmp_path / "corpus")
+    run = tmp_path / "run"
+    train(make_config(folder, train__eval_sequences=0), run)
+    row = next(row for row in reversed(read_log(run)) if "heldout_loss" in row)
+
+    found = Checkpoint(newest(run))
+    ids = np.fromfile(folder / "text_document.bin", "<u2").astype(np.int32)
+    ends = np.flatnonzero(ids == EOS) + 1
+    heldout = ids[min(ends, key=lambda end: abs(end - round(0.9 * len(ids)))) :]
+    model, total = Transformer(found.config.model), 0.0
+    params = found.restore_params(Program.make(found.config, make_mesh(found.config.mesh)).abstract.params)
+    each = jax.jit(steps.token_losses, static_argnums=0)
+    for start in range(0, len(heldout) - 1, 16):
+        piece = heldout[start : start + 17]
+        padded = np.zeros((1, 17), np.int32)
+        padded[0, : len(piece)] = piece
+        total += float(each(model, params, padded)[0, : len(piece) - 1].sum())
+    # The first token is not predicted; a byte-level vocabulary spells it with one character for each byte.
+    text, spelling = tokenizer.decode(heldout), json.loads(tokenizer.to_json())["model"]["vocab"]
+    first = next(token for token, i in spelling.items() if i == heldout[0])
+    assert row["heldout_loss"] == pytest.approx(total / (len(heldout) - 1), rel=1e-6)
+    size = len(text.encode()) - len(first)
+    assert row["heldout_bits_per_byte"] == pytest.approx(total / np.log(2) / size, rel=1e-6)
+
+
+# --- Where a run starts ---
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint(corpus, on_one_device, tmp_path):
+    source = newest(on_one_device)
+    for name, init in (("checkpoint", source), ("run", on_one_device)):
+        train(make_config(corpus, train__steps=1), tmp_path / name, init)
+        assert heldout_losses(tmp_path / name)[0] == heldout_losses(on_one_device)[-1]
+    # The optimizer starts anew: its count is that of one step.
+    state = contents(newest(tmp_path / "run"))[1]
+    counts = [leaf for leaf in state if leaf[1] == "int32"]
+    assert counts and all(np.frombuffer(leaf[2], np.int32) == 1 for leaf in counts)
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"model__mlp": 128, "model__tied": True}, "model.mlp is 64 there, 128 here"),
+        ({"model__residual": "sequential"}, 'model.residual is "parallel" there, "sequential" here'),
+    ],
+)
+def test_weights_of_another_model_are_refused_by_the_first_field(corpus, on_one_device, tmp_path, changes, line):
+    with pytest.raises(InputError, match=rf"^--init {on_one_device}: another model: {line}$"):
+        train(make_config(corpus, **changes), tmp_path / "run", on_one_device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_seed_gives_the_weights(corpus):
+    def weights(seed):
+        config = make_config(corpus, train__seed=seed)
+        return bits(Program.make(config, make_mesh(config.mesh)).random_params())
+
+    assert weights(0) == weights(0) != weights(1)
+
+
+# --- Precision and memory ---
+
+
+def test_bfloat16_trains_close_to_float32(corpus, on_one_device, tmp_path):
+    train(make_config(corpus, train__steps=20, train__dtype="bfloat16"), tmp_path / "run")
+    # bfloat16 keeps 8 bits: of a loss near 6, differences are below 6 / 2^8.
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_one_device), rtol=0, atol=6 / 2**8)
+    assert {str(leaf.dtype) for leaf in Checkpoint(newest(tmp_path / "run")).params.values()} == {"float32"}
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_train_too(corpus, on_one_device, tmp_path):
+    """From the same weights: drawn in bfloat16, those of step 0 would be others."""
+    changes = {"train__dtype": "bfloat16", "train__param_dtype": "bfloat16"}
+    train(make_config(corpus, train__steps=20, **changes), tmp_path / "run", on_one_device)
+    before, after = heldout_losses(tmp_path / "run")
+    assert before == pytest.approx(heldout_losses(on_one_device)[-1], abs=6 / 2**8)
+    assert after < before
+    assert {dtype for _, dtype, _ in contents(newest(tmp_path / "run"))[1]} == {"bfloat16", "int32"}
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+def test_recomputing_changes_no_loss(corpus, on_one_device, tmp_path, remat):
+    train(make_config(corpus, train__steps=20, train__remat=remat), tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_one_device), rtol=0, atol=1e-5)
