@@ -20,12 +20,12 @@ BIN := .venv/bin
 demo: .venv/installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m experiments.quickstart --overwrite
 
-# -rs: a test that is skipped says why.
+# -rs: a test that is skipped says why. loadfile: the tests of a file share their compilations.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q -rs -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m "not slow"
 
 test-all: .venv/installed-test
-	$(BIN)/python -m pytest -q -rs -n 2
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -33,6 +33,13 @@ def padded(ids: int, multiple: int = 128) -> int:
     return -(-ids // multiple) * multiple
 
 
+def _require_finite(section: str, obj: Any) -> None:
+    for field_ in dataclasses.fields(obj):
+        value = getattr(obj, field_.name)
+        _require(not isinstance(value, float) or math.isfinite(value), f"{section}.{field_.name}", value,
+                 "must be a finite number")  # fmt: skip
+
+
 def _require_positive(section: str, obj: Any, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
@@ -100,6 +107,7 @@ class ModelConfig:
         return self.vocab * d + self.layers * (attention + mlp + 4 * d) + 2 * d + head
 
     def __post_init__(self) -> None:
+        _require_finite("model", self)
         _require_positive("model", self, "vocab", "layers", "embed", "heads", "mlp", "context", "norm_eps", "init_std")
         _require(self.embed % self.heads == 0, "model.heads", self.heads, f"does not divide model.embed={self.embed}")
         _require(0 < self.rotary_pct <= 1, "model.rotary_pct", self.rotary_pct, "must be above 0 and at most 1")
@@ -153,6 +161,7 @@ class OptimizerConfig:
     """Largest global norm of the gradient; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        _require_finite("optimizer", self)
         _require_positive("optimizer", self, "learning_rate", "eps")
         for name in ("final_learning_rate", "weight_decay", "clip"):
             _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
@@ -184,6 +193,7 @@ class DataConfig:
     """Id of `<|endoftext|>`, at which generation stops."""
 
     def __post_init__(self) -> None:
+        _require_finite("data", self)
         _require(0 <= self.heldout < 1, "data.heldout", self.heldout, "must be in [0, 1)")
         if self.weights:
             _require(
@@ -259,13 +269,9 @@ class SampleConfig:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
+        _require_finite("sample", self)
         _require_positive("sample", self, "max_new_tokens")
-        _require(
-            self.temperature >= 0 and math.isfinite(self.temperature),
-            "sample.temperature",
-            self.temperature,
-            "must be finite and not negative",
-        )
+        _require(self.temperature >= 0, "sample.temperature", self.temperature, "must not be negative")
         _require(self.top_k >= 0, "sample.top_k", self.top_k, "must not be negative")
         _require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
         _require(0 <= self.seed < 2**31, "sample.seed", self.seed, "must be in [0, 2^31)")

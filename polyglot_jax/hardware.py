@@ -29,7 +29,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     kind = jax.devices()[0].device_kind
     if kind in PEAK_BF16:
         return PEAK_BF16[kind] * jax.device_count(), f"{kind}, data sheet, bf16"
-    x = jnp.ones((2048, 2048), dtype)
+    x = jnp.ones((1024, 1024), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []
@@ -37,4 +37,4 @@ def peak_flops(dtype: str) -> tuple[float, str]:
         start = time.perf_counter()
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds), f"{kind}, measured with a 2048 x 2048 x 2048 product in {dtype}"
+    return 2 * 1024**3 / min(seconds), f"{kind}, measured with a 1024 x 1024 x 1024 product in {dtype}"

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from polyglot_jax.config import InputError
+from polyglot_jax.config import InputError, padded
 
 END = "<|endoftext|>"
 MASKS = ("<|acc|>", "<|tel|>", "<|rrn|>")
@@ -94,7 +94,7 @@ class Tokenizer:
 
     def padded(self, multiple: int = 128) -> int:
         """`valid_ids` rounded up to a multiple, the rows of the model's embedding: 30,080 for Polyglot-Ko."""
-        return -(-self.valid_ids // multiple) * multiple
+        return padded(self.valid_ids, multiple)
 
     @cached_property
     def special(self) -> dict[str, int]:

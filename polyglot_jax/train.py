@@ -116,6 +116,8 @@ def _differences(old: Config, new: Config, only: str = "") -> list[str]:
         before, after = getattr(old, section.name), getattr(new, section.name)
         for field in dataclasses.fields(before):
             name, was, now = f"{section.name}.{field.name}", getattr(before, field.name), getattr(after, field.name)
+            if name == "data.paths":  # the same folders may be named from another place
+                was, now = ([str(Path(path).resolve()) for path in paths] for paths in (was, now))
             if was != now and name.startswith(only):
                 lines.append(f"{name} is {json.dumps(was)} there, {json.dumps(now)} here")
     return lines
