@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from polyglot_jax import steps
 from polyglot_jax.config import Config, InputError, SampleConfig
@@ -118,11 +117,10 @@ def bucket(size: int, least: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Generator:
-    """Jitted generation for one model. `mesh` says only how rows must divide; the parameters are where they are."""
+    """Jitted generation for one model."""
 
     model: Transformer
     config: Config
-    mesh: Mesh | None = None
 
     @functools.cached_property
     def _start(self) -> Any:
@@ -148,7 +146,7 @@ class Generator:
                 f"sample.max_new_tokens={sample.max_new_tokens}: with a prompt of {longest} tokens that is more than "
                 f"model.context={context}; lower it to {max(context - longest, 0)} or shorten the prompt"
             )
-        rows = bucket(count, self._replicas(), 1 << 30)
+        rows = bucket(count, 1, 1 << 30)
         width = bucket(longest, 16, context)
         room = bucket(sample.max_new_tokens, 16, context)
         tokens = np.zeros((rows, width), np.int32)
@@ -168,6 +166,3 @@ class Generator:
             if limit == sample.max_new_tokens or done.all():
                 return
             limit = min(limit + chunk, sample.max_new_tokens)
-
-    def _replicas(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]

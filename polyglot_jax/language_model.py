@@ -19,6 +19,7 @@ from polyglot_jax import steps
 from polyglot_jax.config import Config, InputError, SampleConfig
 from polyglot_jax.generate import Generator, bucket
 from polyglot_jax.model import Params, Transformer
+from polyglot_jax.sharding import check_model
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, read_tokenizer
 
@@ -36,10 +37,13 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Langu
     """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
 
     mesh: axes data, fsdp, tensor (`sharding.make_mesh`); None: the first device. dtype: of weights and products; None:
-    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. InputError if `path` holds no model.
+    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. InputError if `path` holds no model, or one that
+    does not divide over the mesh.
     """
     source = open_source(path)
     config, tokenizer = read_tokenizer(source)
+    if mesh is not None:
+        check_model(config.model, mesh)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     params = load_params(source, mesh, jnp.dtype(dtype), split=True)
@@ -52,7 +56,7 @@ class LanguageModel:
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer | None, mesh: Mesh | None = None):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype)
-        self._generator = Generator(self.model, config, mesh)
+        self._generator = Generator(self.model, config)
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
         self._scores = jax.jit(functools.partial(_scores, self.model))
 

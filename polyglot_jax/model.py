@@ -158,7 +158,8 @@ class Embedding(_Part):
         self.kernel = self.weight("kernel", ("vocab", "embed"), nn.initializers.normal(self.config.init_std))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.kernel.astype(self.dtype)[tokens]
+        # Rows are gathered whole: from a table split along its width, XLA would copy the result to every device first.
+        return constrain(self.kernel.astype(self.dtype), "vocab", "features")[tokens]
 
     def logits(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", x, self.kernel.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -6,13 +6,14 @@ An axis name that the table does not hold raises (Flax would quietly replicate i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from polyglot_jax.config import Config, InputError, MeshConfig
+from polyglot_jax.config import Config, InputError, MeshConfig, ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -56,13 +57,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
-def check(config: Config, mesh: Mesh) -> None:
-    """InputError, by dotted name, for each size of `config` that does not divide over `mesh`."""
-    shape = mesh.shape
-    for name in ("vocab", "embed", "heads", "mlp"):
+def check_model(model: ModelConfig, mesh: Mesh) -> None:
+    """InputError, by dotted name, if a size of the model does not divide over `mesh`."""
+    for name, size in model.sizes.items():
         for axis in RULES[name]:
-            if config.model.sizes[name] % shape[axis]:
-                raise InputError(f"mesh.{axis}={shape[axis]}: does not divide model.{name}={config.model.sizes[name]}")
+            if size % mesh.shape[axis]:
+                raise InputError(f"mesh.{axis}={mesh.shape[axis]}: does not divide model.{name}={size}")
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """InputError, by dotted name, if the model or the training batch of `config` does not divide over `mesh`."""
+    check_model(config.model, mesh)
+    shape = mesh.shape
     replicas = shape["data"] * shape["fsdp"]
     part = config.train.batch_size // config.train.accumulate
     if part % replicas:
@@ -88,7 +94,15 @@ def shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Ask the compiler to lay `x` out by its axis names on the mesh of `jax.set_mesh`; without a mesh, nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Ask the compiler to lay `x` out by its axis names on the mesh of `jax.set_mesh`; without a mesh, nothing.
+
+    A dimension that does not divide (the single row of a prompt, say) is left whole; for training `check` refuses it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    divides = [
+        axis if axis and size % math.prod(mesh.shape[part] for part in RULES.get(axis, ())) == 0 else None
+        for size, axis in zip(x.shape, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, spec(divides))
