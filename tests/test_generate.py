@@ -546,6 +546,11 @@ def test_eight_devices_generate_what_one_does(tmp_path, tokenizer):
         one.score(contexts, continuations).log_probabilities,
         rtol=1e-5,
     )
+    for rows in (1, 3):  # a single prompt, and one row less than the replicas
+        tokens = np.arange(rows * 20).reshape(rows, 20)
+        assert off_by(eight.logits(tokens), one.logits(tokens)) < 1e-5
+    with pytest.raises(InputError, match=r"mesh.tensor=8: does not divide model.heads=4"):
+        polyglot_jax.load(path, mesh=make_mesh(MeshConfig(tensor=8)))
 
 
 def test_bfloat16_and_the_split_tree(tmp_path):
