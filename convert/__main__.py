@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from polyglot_jax.__main__ import run
+from polyglot_jax.cli import Verbs, run
 from polyglot_jax.config import InputError
 
 
@@ -90,7 +90,7 @@ def _verify(arguments: Sequence[str]) -> None:
     print(f"{command.a} and {command.b} hold the same weights, bit for bit")
 
 
-VERBS = {
+VERBS: Verbs = {
     "hf-to-orbax": (_hf_to_orbax, "Hugging Face folder -> checkpoint"),
     "orbax-to-hf": (_orbax_to_hf, "checkpoint -> Hugging Face folder"),
     "verify": (_verify, "do two places hold the same weights?"),

@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from polyglot_jax import checkpoint, hf_folder
-from polyglot_jax.checkpoint import Checkpoint, unflatten
+from polyglot_jax.checkpoint import Checkpoint, flatten, unflatten
 from polyglot_jax.config import InputError
 from polyglot_jax.hf_folder import HfFolder
+from polyglot_jax.model import abstract_params
 from polyglot_jax.weights import open_source, read_tokenizer, stacked
 
 
@@ -49,10 +50,19 @@ def orbax_to_hf(
 
 
 def differences(a: str, b: str) -> Iterator[str]:
-    """A line for each way in which the weights at `a` and `b` (of any kind) are not the same bits; none if they are."""
+    """A line for each way in which the weights at `a` and `b` (of any kind) are not the same bits; none if they are.
+
+    Settings that are no weights (an initialiser, a tokenizer) do not count.
+    """
     first, second = open_source(a), open_source(b)
-    if first.config.model != second.config.model:
-        yield f"config: {first.config.model} in {a}, {second.config.model} in {b}"
+    shapes = [
+        {name: leaf.shape for name, leaf in flatten(abstract_params(s.config.model)).items()} for s in (first, second)
+    ]
+    if shapes[0] != shapes[1]:
+        for name in sorted(shapes[0].keys() | shapes[1].keys()):
+            ours, theirs = (shape.get(name, "absent") for shape in shapes)
+            if ours != theirs:
+                yield f"{name}: {ours} in {a}, {theirs} in {b}"
         return
     for name, layer, ours in tqdm(first.leaves(), total=first.leaf_count, desc="comparing", unit="leaf"):
         theirs = second.read(name, layer)

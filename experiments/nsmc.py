@@ -16,15 +16,24 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import tyro
 
+import polyglot_jax
 from experiments.baselines import trigram_bits, unigram_bits
+from polyglot_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from polyglot_jax.data import Batches
+from polyglot_jax.log import read_log
+from polyglot_jax.prepare.command import PrepareConfig, prepare
+from polyglot_jax.tokenizer import Tokenizer
+from polyglot_jax.train import train
 
 RECORDS = Path(__file__).parent / "records"
 PROMPTS = (
@@ -47,38 +56,47 @@ class Nsmc:
     """Folder of the token files and of the run."""
 
 
+def base_config(data: Path) -> Config:
+    """10,070,272 parameters, nearly 8 million of them the tied embedding."""
+    return Config(
+        model=ModelConfig(layers=3, embed=256, heads=4, mlp=1024, context=128, tied=True),
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-4, warmup=0.05, b2=0.98, weight_decay=0.1),
+        data=DataConfig(paths=(str(data),), heldout=0.005),
+        train=TrainConfig(steps=30, batch_size=16, sequence_length=128, dtype="float32", remat="none",
+                          eval_every=100, eval_sequences=64, checkpoint_every=200),
+    )  # fmt: skip
+
+
+def fitted(config: Config, minutes: float, out: Path) -> Config:
+    """`config` with as many steps as fit into the time, by the speed of a short run, judged on all held-out text."""
+    shutil.rmtree(out, ignore_errors=True)
+    train(config, out)
+    speed = [row["tokens_per_second"] for row in read_log(out) if "tokens_per_second" in row][-1]
+    tokens_per_step = config.train.batch_size * config.train.sequence_length
+    steps = max(100, round(minutes * 60 * speed / tokens_per_step / 100) * 100)
+    return replace(config, train=replace(config.train, steps=steps, eval_sequences=0, eval_every=max(1, steps // 4)))
+
+
+def bits_per_token(config: Config, heldout: list[dict[str, float]]) -> dict[str, float]:
+    """Of the held-out text: before and after training, and under the baselines on the same split."""
+    [corpus] = Batches(config).corpora
+    tokens, split = np.asarray(corpus.tokens), len(corpus.tokens) - corpus.heldout_tokens
+    valid = Tokenizer.load(config.data.paths[0]).valid_ids
+    return {
+        "before": heldout[0]["heldout_loss"] / math.log(2),
+        "model": heldout[-1]["heldout_loss"] / math.log(2),
+        "unigram": unigram_bits(tokens[:split], tokens[split:], valid),
+        "trigram": trigram_bits(tokens[:split], tokens[split:], valid),
+    }
+
+
 def main(experiment: Nsmc) -> None:
-    import numpy as np
-
-    import polyglot_jax
-    from polyglot_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-    from polyglot_jax.data import Batches
-    from polyglot_jax.log import read_log
-    from polyglot_jax.prepare.command import PrepareConfig, prepare
-    from polyglot_jax.train import train
-
     out = Path(experiment.out)
     manifest = prepare(
         PrepareConfig(text=(experiment.reviews,), column="document", quoting="none", tokenizer=experiment.tokenizer,
                       out=str(out / "data"), overwrite=True)
     )  # fmt: skip
-    config = Config(
-        model=ModelConfig(layers=3, embed=256, heads=4, mlp=1024, context=128, tied=True),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-3, final_learning_rate=1e-4, warmup=0.05, b2=0.98, weight_decay=0.1
-        ),
-        data=DataConfig(paths=(str(out / "data"),), heldout=0.005),
-        train=TrainConfig(steps=30, batch_size=16, sequence_length=128, dtype="float32", remat="none",
-                          eval_every=100, eval_sequences=64, checkpoint_every=200),
-    )  # fmt: skip
-    # A short run first: how many steps fit into the time?
-    shutil.rmtree(out / "trial", ignore_errors=True)
-    train(config, out / "trial")
-    speed = [row["tokens_per_second"] for row in read_log(out / "trial") if "tokens_per_second" in row][-1]
-    tokens_per_step = config.train.batch_size * config.train.sequence_length
-    steps = max(100, round(experiment.minutes * 60 * speed / tokens_per_step / 100) * 100)
-    config = replace(config, train=replace(config.train, steps=steps, eval_sequences=0, eval_every=max(1, steps // 4)))
-
+    config = fitted(base_config(out / "data"), experiment.minutes, out / "trial")
     shutil.rmtree(out / "run", ignore_errors=True)
     start, cpu = time.perf_counter(), time.process_time()
     train(config, out / "run")
@@ -86,40 +104,28 @@ def main(experiment: Nsmc) -> None:
 
     rows = read_log(out / "run")
     heldout = [row for row in rows if "heldout_loss" in row]
-    [corpus] = Batches(config).corpora
-    split = len(corpus.tokens) - corpus.heldout_tokens
-    tokens = np.asarray(corpus.tokens)
-    bits = {
-        "before": heldout[0]["heldout_loss"] / math.log(2),
-        "model": heldout[-1]["heldout_loss"] / math.log(2),
-        "unigram": unigram_bits(tokens[:split], tokens[split:], manifest["valid_ids"]),
-        "trigram": trigram_bits(tokens[:split], tokens[split:], manifest["valid_ids"]),
-    }
+    bits = bits_per_token(config, heldout)
     tokens_per_byte = heldout[-1]["heldout_bits_per_byte"] / bits["model"]
-    model = polyglot_jax.load(out / "run")
-    texts = model.generate(PROMPTS, max_new_tokens=30, temperature=0.8, top_p=0.95)
+    texts = polyglot_jax.load(out / "run").generate(PROMPTS, max_new_tokens=30, temperature=0.8, top_p=0.95)
+    packages = {name: version(name) for name in ("jax", "flax", "optax", "numpy")}
     record = {
         "what": "NSMC reviews, 10M parameters, trained on CPU",
         "command": "python -m experiments.nsmc --reviews nsmc_raw_reviews.tsv.gz --tokenizer tokenizer.json",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": packages | {"python": platform.python_version()},
         "config": json.loads(config.to_json()),
         "parameters": config.model.parameters(),
         "documents": manifest["documents"],
         "corpus_tokens": manifest["tokens"],
-        "heldout_tokens": corpus.heldout_tokens,
         "minutes": round(minutes, 2),
         "cpu_minutes": round(cpu_minutes, 2),
-        "trained_tokens": steps * tokens_per_step,
-        "tokens_per_second": round(
-            float(np.median([r["tokens_per_second"] for r in rows if "tokens_per_second" in r]))
-        ),
+        "trained_tokens": config.train.steps * config.train.batch_size * config.train.sequence_length,
+        "tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)),
         "bits_per_token": {name: round(value, 4) for name, value in bits.items()},
         "bits_per_byte": {name: round(value * tokens_per_byte, 4) for name, value in bits.items()},
         "below_unigram_bits_per_token": round(bits["unigram"] - bits["model"], 4),
-        "continuations": [{"prompt": p, "continuation": t} for p, t in zip(PROMPTS, texts, strict=True)],
+        "continuations": dict(zip(PROMPTS, texts, strict=True)),
     }
     RECORDS.mkdir(exist_ok=True)
     (RECORDS / "nsmc.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ Every command it runs is printed first, so that it can be run again by hand.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ def run(*command: str) -> None:
 def main(demo: Quickstart) -> None:
     out = Path(demo.out)
     if demo.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+        for product in ("tokenizer", "data", "run", "huggingface", "checkpoint"):
+            shutil.rmtree(out / product, ignore_errors=True)
     elif out.exists():
         raise SystemExit(f"error: {out}: exists; remove it, or pass --overwrite to start anew")
     tokenizer, data, trained = str(out / "tokenizer"), str(out / "data"), str(out / "run")
@@ -82,7 +84,7 @@ def summary(out: Path) -> None:
     print(
         f"\nheld-out bits per byte, on the end of {documents} documents that training never saw:\n"
         f"  before training      {heldout[0]['heldout_bits_per_byte']:.3f}\n"
-        f"  unigram frequencies  {unigram * 0.6931471805599453 * per_token:.3f}\n"
+        f"  unigram frequencies  {unigram * math.log(2) * per_token:.3f}\n"
         f"  after step {heldout[-1]['step']:<5}     {heldout[-1]['heldout_bits_per_byte']:.3f}\n"
         f"  (best at step {best['step']}: {best['heldout_bits_per_byte']:.3f})\n\n"
         f"tokenizer      {out / 'tokenizer'}\n"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from polyglot_jax.cli import Verbs, run
 from polyglot_jax.config import PRESETS, Config, InputError, SampleConfig
+from polyglot_jax.files import read_config
 
 _PresetName = Literal["tiny", "polyglot-ko-1.3b", "polyglot-ko-3.8b", "polyglot-ko-5.8b", "polyglot-ko-12.8b"]
 
@@ -46,6 +48,7 @@ class GenerateCommand:
     """Strings to end before, instead of at <|endoftext|>; given without any: always make max-new-tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and products; none: float32 on a CPU, bfloat16 elsewhere."""
+    # --help shows the general defaults; a checkpoint's own come before them.
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
 
@@ -59,29 +62,34 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _base(arguments: Sequence[str]) -> Any:
     """The defaults of `train`: those of the preset or file named among the arguments."""
-    given = {"--preset": "tiny", "--config": None}
+    given: dict[str, str | None] = {"--preset": None, "--config": None}
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag in given:
             given[flag] = value if equals else next(iter(arguments[i + 1 : i + 2]), None)
+    if given["--preset"] and given["--config"]:
+        raise InputError("--preset and --config: give one of the two; each sets all defaults")
     if given["--config"] is not None:
-        file = Path(given["--config"])
-        if not file.is_file():
-            raise InputError(f"--config {file}: no such file")
-        config = Config.from_json(file.read_text(encoding="utf-8"))
+        config = read_config(given["--config"])
     else:
-        config = PRESETS.get(given["--preset"], PRESETS["tiny"])  # tyro itself refuses an unknown name
+        config = PRESETS.get(given["--preset"] or "tiny", PRESETS["tiny"])  # tyro itself refuses an unknown name
     return TrainCommand(out=tyro.MISSING, config=config)
 
 
 def _generate(arguments: Sequence[str]) -> None:
-    command = tyro.cli(GenerateCommand, args=arguments, prog="python -m polyglot_jax generate")
+    program = "python -m polyglot_jax generate"
+    command = tyro.cli(GenerateCommand, args=arguments, prog=program)
     from polyglot_jax.language_model import load
 
     model = load(command.checkpoint, dtype=command.dtype)
+    # Once more, over the checkpoint's own settings.
+    command = tyro.cli(
+        GenerateCommand, args=arguments, prog=program, default=dataclasses.replace(command, sample=model.config.sample)
+    )
     for prompt in command.prompt:
-        print(prompt, end="", flush=True)
-        for piece in model.stream(prompt, stop=command.stop, **dataclasses.asdict(command.sample)):
+        pieces = model.stream(prompt, stop=command.stop, **dataclasses.asdict(command.sample))
+        first = next(pieces, "")  # what is wrong with the prompt is said before it is printed
+        for piece in itertools.chain((prompt, first), pieces):
             print(piece, end="", flush=True)
         print(flush=True)
 
@@ -98,32 +106,12 @@ def _tokenizer(arguments: Sequence[str]) -> None:
     make_tokenizer(tyro.cli(TokenizerConfig, args=arguments, prog="python -m polyglot_jax tokenizer"))
 
 
-VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+VERBS: Verbs = {
     "tokenizer": (_tokenizer, "train a tokenizer on text"),
     "prepare": (_prepare, "turn text into token files"),
     "train": (_train, "train a model on token files, or go on training"),
     "generate": (_generate, "continue prompts"),
 }
-
-
-def run(verbs: dict[str, tuple[Callable[[Sequence[str]], None], str]], program: str, arguments: Sequence[str]) -> int:
-    """Run a verb; returns the exit status. What the user can mend is said in one line, without a traceback."""
-    if not arguments or arguments[0] not in verbs:
-        lines = [f"usage: {program} VERB [options]", ""]
-        lines += [f"  {name:<14}{text}" for name, (_, text) in verbs.items()]
-        lines += ["", f"{program} VERB --help tells more."]
-        asked = bool(arguments) and arguments[0] in ("-h", "--help")
-        print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
-    try:
-        verbs[arguments[0]][0](arguments[1:])
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ A checkpoint is written beside its place under another name and renamed when it 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -24,12 +23,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.experimental import multihost_utils
 
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.files import incomplete, new_folder
+from polyglot_jax.files import new_folder, read_config
 
-FORMAT = 1
+FORMAT, VERSION = "polyglot-jax-checkpoint", 1
 Tree = dict[str, Any]
 
 
@@ -81,45 +79,39 @@ def save(
 ) -> None:
     """Write a checkpoint at `path`. `params`: stacked tree of arrays; `tokenizer`: the text of a tokenizer.json.
 
-    Every process of a multi-host program calls it. InputError if `path` exists (unless `overwrite`) or the disk fills;
-    whatever goes wrong, what was at `path` stays and no partial checkpoint takes its name.
+    InputError if something is at `path` (unless `overwrite`, and it is a checkpoint) or the disk fills; whatever goes
+    wrong, what was at `path` stays and no partial checkpoint takes its name.
     """
-    path = Path(path).absolute()
-    is_first = jax.process_index() == 0
-    writing = (
-        new_folder(path, is_checkpoint, overwrite=overwrite) if is_first else contextlib.nullcontext(incomplete(path))
-    )
-    with writing as folder:
-        _barrier("checkpoint folder made")
+    with new_folder(path, is_checkpoint, overwrite=overwrite) as folder:
         _save_tree(folder / "params", params)
         if optimizer is not None:
             _save_tree(folder / "optimizer", optimizer)
-        if is_first:
-            (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-            if tokenizer is not None:
-                (folder / "tokenizer.json").write_bytes(tokenizer.encode())
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "params": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten(params).items()},
-                "files": {
-                    file.relative_to(folder).as_posix(): file.stat().st_size
-                    for file in sorted(folder.rglob("*"))
-                    if file.is_file()
-                },
-            }
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _barrier("checkpoint renamed")
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+        if tokenizer is not None:
+            (folder / "tokenizer.json").write_bytes(tokenizer.encode())
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "params": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten(params).items()},
+            "files": {
+                file.relative_to(folder).as_posix(): file.stat().st_size
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            },
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether `path` claims to be a checkpoint of ours, whole or not."""
-    return (Path(path) / "manifest.json").is_file() or (Path(path) / "params").is_dir()
+    """Whether `path` claims to be a checkpoint of ours: its manifest says so, or is lost from a half-written one."""
+    manifest = Path(path) / "manifest.json"
+    if not manifest.is_file():
+        return (Path(path) / "params").is_dir()
+    try:
+        return json.loads(manifest.read_bytes())["format"] == FORMAT
+    except (ValueError, LookupError, TypeError):
+        return (Path(path) / "params").is_dir()
 
 
 def newest(run: str | Path) -> Path | None:
@@ -130,7 +122,7 @@ def newest(run: str | Path) -> Path | None:
 
 def prune(run: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of a run (0: none), after a new one is whole."""
-    if keep and jax.process_index() == 0:
+    if keep:
         steps = [folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit()]
         for folder in sorted(steps, key=lambda folder: int(folder.name))[:-keep]:
             shutil.rmtree(folder)
@@ -153,18 +145,22 @@ class Checkpoint:
         except ValueError as error:  # not JSON, or not even text
             raise InputError(f"{path}/manifest.json: damaged: {error}; use another checkpoint") from error
         found = manifest.keys() if isinstance(manifest, dict) else set()
-        if "format" in found and manifest["format"] != FORMAT:
-            raise InputError(f"{path}/manifest.json: format={manifest['format']}: this program reads {FORMAT}")
-        if missing := {"format", "step", "params", "files"} - found:
+        for key, known in (("format", FORMAT), ("version", VERSION)):
+            if key in found and manifest[key] != known:
+                raise InputError(f"{path}/manifest.json: {key}={manifest[key]}: this program reads {known}")
+        if missing := {"format", "version", "step", "params", "files"} - found:
             raise InputError(f"{path}/manifest.json: damaged: no {', '.join(sorted(missing))}; use another checkpoint")
         for name, size in manifest["files"].items():
             file = path / name
             found = file.stat().st_size if file.is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise InputError(f"{file}: {state}; the checkpoint is damaged, use another one")
+                raise InputError(
+                    f"{file}: {state}; the checkpoint is damaged, use another one (a run takes the one before when "
+                    f"{path} is deleted)"
+                )
         self.step: int = manifest["step"]
-        self.config = Config.from_json((path / "config.json").read_text(encoding="utf-8"))
+        self.config = read_config(path / "config.json")
         tokenizer = path / "tokenizer.json"
         self.tokenizer = tokenizer.read_bytes().decode() if tokenizer.is_file() else None
         self.params = {
@@ -174,8 +170,8 @@ class Checkpoint:
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """One parameter, or one layer of a stacked one, as it is on disk; nothing else is read."""
-        store = {"driver": "ocdbt", "base": f"file://{self.path}/params/", "path": name.replace("/", ".")}
-        spec = {"driver": "zarr3", "kvstore": store}
+        files = {"driver": "file", "path": f"{self.path}/params/"}
+        spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": files, "path": name.replace("/", ".")}}
         array = tensorstore.open(spec, read=True, open=True).result()
         return np.asarray((array if layer is None else array[layer]).read().result())
 

@@ -20,9 +20,6 @@ class InputError(ValueError):
     """Bad input from outside. The message alone tells the user what is wrong and what to do."""
 
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
 def _require(ok: bool, name: str, value: Any, reason: str) -> None:
     if not ok:
         raise InputError(f"{name}={value}: {reason}")
@@ -156,7 +153,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of Adam's second moment."""
     weight_decay: float = 0.0
-    """Decoupled decay, on matrices only (never on biases, norms or embeddings)."""
+    """Decoupled decay, on the matrices of the layers only (not on embedding, head, norms or biases)."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
 
@@ -223,10 +220,8 @@ class TrainConfig:
     """Parts a batch is computed in, one after the other, to save memory."""
     seed: int = 0
     """Seed of the initial weights and of the order of the samples."""
-    dtype: Dtype = "bfloat16"
-    """Precision of activations and products; norms, softmax and loss are float32 all the same."""
-    param_dtype: Dtype = "float32"
-    """Precision of weights and optimizer state."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of activations and products; weights, optimizer, norms, softmax and loss are float32 all the same."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing; all but matrix products; each layer from its input."""
     log_every: int = 10
@@ -272,7 +267,7 @@ class SampleConfig:
         _require_finite("sample", self)
         _require_positive("sample", self, "max_new_tokens")
         _require(self.temperature >= 0, "sample.temperature", self.temperature, "must not be negative")
-        _require(self.top_k >= 0, "sample.top_k", self.top_k, "must not be negative")
+        _require(0 <= self.top_k < 2**31, "sample.top_k", self.top_k, "must not be negative, and below 2^31")
         _require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
         _require(0 <= self.seed < 2**31, "sample.seed", self.seed, "must be in [0, 2^31)")
 
@@ -333,10 +328,7 @@ class Config:
 
 
 def from_plain(cls: type, value: Any, name: str = "") -> Any:
-    """Build dataclass `cls` from nested dicts of plain JSON values, checking every name and type.
-
-    Also serves the dataclasses of other commands (`prepare`, `evaluate`), so that all JSON behaves alike.
-    """
+    """Build dataclass `cls` from nested dicts of plain JSON values, checking every name and type."""
     if not isinstance(value, dict):
         raise InputError(f"{name or 'config'}={value!r}: expected an object of fields")
     hints = typing.get_type_hints(cls)

@@ -55,7 +55,7 @@ def find_tokenizer(config: DataConfig) -> Tokenizer | None:
 class Corpus:
     """One pair of token files, cut into what is trained on and, at the end, what is held out.
 
-    The cut is at the end of a document, unless that would leave one side empty (one long document).
+    The cut is at the end of a document, unless none ends near it (one long document).
     """
 
     def __init__(self, path: str | Path, heldout: float, length: int, vocab: int):
@@ -73,6 +73,9 @@ class Corpus:
         self._starts = starts[: np.searchsorted(starts, cut)]
         self._ends = np.append(self._starts[1:], cut)
         self.heldout_tokens = len(self.tokens) - cut
+        with open(f"{self.prefix}.idx", "rb") as index:
+            digest = hashlib.file_digest(index, "sha256").hexdigest()
+        self.fingerprint = f"{len(self.tokens)} tokens, index sha256 {digest}"
 
     def _boundary(self, starts: np.ndarray, heldout: float) -> int:
         total = int(starts[-1])
@@ -80,7 +83,8 @@ class Corpus:
             return total
         wanted = total - max(2, round(total * heldout))
         nearest = int(starts[np.abs(starts - wanted).argmin()])
-        return nearest if 0 < nearest < total - 1 else max(wanted, 0)
+        is_near = 2 * abs(nearest - wanted) <= total - wanted
+        return nearest if is_near and 0 < nearest < total - 1 else max(wanted, 0)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int32[stop - start] tokens in file order; InputError if one is no id of the tokenizer."""

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and configs read from files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from polyglot_jax.config import InputError
-
-
-def incomplete(path: str | Path) -> Path:
-    """Where what will be `path` lies while it is written."""
-    return Path(path).with_name(f"{Path(path).name}.incomplete")
+from polyglot_jax.config import Config, InputError
 
 
 @contextmanager
@@ -26,19 +21,26 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
     whole.
     """
     path = Path(path).resolve()  # where a link leads: the new folder has to be on that disk
-    temporary, old = incomplete(path), path.with_name(f"{path.name}.replaced")
+    temporary, old = (path.with_name(f"{path.name}.{state}") for state in ("incomplete", "replaced"))
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; name a folder")
-    if path.exists() and any(path.iterdir()):
-        if not overwrite:
-            raise InputError(f"{path}: exists; choose another place, or replace it with --overwrite")
-        # So that a slip of the pen deletes nobody's home.
-        if not is_ours(path):
-            raise InputError(f"{path}: was not made by this command; remove it yourself, or choose another place")
+    if path.is_mount():
+        raise InputError(f"{path}: is where a disk is mounted and cannot be replaced; name a folder inside it")
+
+    def check() -> None:
+        if path.exists() and any(path.iterdir()):
+            if not overwrite:
+                raise InputError(f"{path}: exists; choose another place, or replace it with --overwrite")
+            # So that a slip of the pen deletes nobody's home.
+            if not is_ours(path):
+                raise InputError(f"{path}: was not made by this command; remove it yourself, or choose another place")
+
+    check()
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        check()  # again: somebody may have put something there meanwhile
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)  # left there by a process that was killed
             path.rename(old)
@@ -56,3 +58,13 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
             raise InputError(f"{path}: the disk is full, nothing was written there; make room and retry") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(file: str | Path) -> Config:
+    """The Config in a JSON file; InputError, naming the file, if it is missing or not one."""
+    try:
+        return Config.from_json(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file") from error
+    except ValueError as error:  # InputErrors among them
+        raise InputError(f"{file}: {error}") from error

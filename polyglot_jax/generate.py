@@ -79,10 +79,10 @@ def _start(
 
 
 def _continue(
-    model: Transformer, valid_ids: int, params: Params, state: Decoding, limit: jax.Array, eos: jax.Array,
+    model: Transformer, valid_ids: int, params: Params, state: Decoding, limit: jax.Array, ends: jax.Array,
     key: jax.Array, sampling: Sampling,
 ) -> Decoding:  # fmt: skip
-    """Until every row is done or has `limit` tokens. eos: the id that ends a row, or -1."""
+    """Until every row is done or has `limit` tokens. ends: int[E], ids that end a row."""
     rows = jnp.arange(state.tokens.shape[0])
     is_padding = jnp.arange(model.config.vocab) >= valid_ids
 
@@ -102,7 +102,7 @@ def _continue(
             model, params, chosen, jnp.where(goes, positions, state.cache[0]["k"].shape[1]), state.cache
         )
         logits = jnp.where(goes[:, None], logits, state.logits)
-        return Decoding(tokens, made, state.done | (goes & (chosen == eos)), logits, state.lengths, cache)
+        return Decoding(tokens, made, state.done | (goes & jnp.isin(chosen, ends)), logits, state.lengths, cache)
 
     return jax.lax.while_loop(is_going, one, state)
 
@@ -132,19 +132,27 @@ class Generator:
         return jax.jit(functools.partial(_continue, self.model, valid), donate_argnames="state")
 
     def run(
-        self, params: Params, prompts: Sequence[Sequence[int]], sample: SampleConfig, eos: int | None, chunk: int = 0
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        sample: SampleConfig,
+        ends: Sequence[int],
+        chunk: int = 0,
     ) -> Iterator[list[list[int]]]:
         """Yield the tokens each prompt has so far: once at the end, or after the first and then every `chunk` tokens.
 
-        The caller stops by no longer asking. A row ends with `eos` (included; None: never) or at
-        sample.max_new_tokens. InputError if a prompt is empty or leaves too little room in the context.
+        The caller stops by no longer asking. A row ends with one of `ends` (included; at most 8)
+        or at sample.max_new_tokens. InputError if a prompt is empty or leaves too little room in the context.
         """
         context, count = self.config.model.context, len(prompts)
         longest = max(map(len, prompts))
+        if not all(prompts):
+            raise InputError("prompt: holds no tokens; begin with <|endoftext|>")
         if longest + sample.max_new_tokens > context:
+            less = f"lower it to {context - longest} or shorten" if longest < context else "shorten"
             raise InputError(
                 f"sample.max_new_tokens={sample.max_new_tokens}: with a prompt of {longest} tokens that is more than "
-                f"model.context={context}; lower it to {max(context - longest, 0)} or shorten the prompt"
+                f"model.context={context}; {less} the prompt"
             )
         rows = bucket(count, 1, 1 << 30)
         width = bucket(longest, 16, context)
@@ -157,10 +165,10 @@ class Generator:
         state = self._start(bucket(longest + sample.max_new_tokens, 64, context), room, params, tokens, lengths,
                             np.arange(rows) >= count)  # fmt: skip
         limit = 1 if chunk else sample.max_new_tokens
+        end_ids = jnp.array([*ends, *[-1] * (8 - len(ends))], jnp.int32)  # of one shape, however many
         key, sampling = jax.random.key(sample.seed), Sampling.of(sample)
         while True:
-            end = jnp.int32(-1 if eos is None else eos)
-            state = self._continue(params, state, jnp.int32(limit), end, key, sampling)
+            state = self._continue(params, state, jnp.int32(limit), end_ids, key, sampling)
             made, done, new = jax.device_get((state.made, state.done, state.tokens))
             yield [new[i, : made[i]].tolist() for i in range(count)]
             if limit == sample.max_new_tokens or done.all():

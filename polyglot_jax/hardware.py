@@ -20,16 +20,18 @@ PEAK_BF16 = {
 }
 
 
-def peak_flops(dtype: str) -> tuple[float, str]:
-    """FLOP/s of all devices together, and where the figure is from.
+def peak_flops(dtype: str, devices: int) -> tuple[float, str]:
+    """FLOP/s of `devices` devices together, and where the figure is from.
 
-    For chips in the table their bf16 peak; for others (a CPU) the best a large matrix product in `dtype` reaches here,
-    shared by all simulated devices.
+    For chips in the table their bf16 peak; for others the best a large matrix product in `dtype` reaches on one of
+    them, times their number, except that the simulated devices of a CPU share its one figure.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_BF16:
-        return PEAK_BF16[kind] * jax.device_count(), f"{kind}, data sheet, bf16"
-    x = jnp.ones((1024, 1024), dtype)
+        return PEAK_BF16[kind] * devices, f"{kind}, data sheet, bf16"
+    is_cpu = jax.default_backend() == "cpu"
+    size = 1024 if is_cpu else 8192
+    x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []
@@ -37,4 +39,5 @@ def peak_flops(dtype: str) -> tuple[float, str]:
         start = time.perf_counter()
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds), f"{kind}, measured with a 1024 x 1024 x 1024 product in {dtype}"
+    reached = 2 * size**3 / min(seconds)
+    return reached * (1 if is_cpu else devices), f"{kind}, measured with a product of {size} x {size} in {dtype}"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from polyglot_jax import names
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.files import new_folder
+from polyglot_jax.tokenizer import END
 
 # numpy dtype -> (its code in a safetensors header, its name in config.json)
 _DTYPES = {
@@ -153,23 +154,20 @@ def _dump(file: Path, value: Any) -> None:
 def _write_tokenizer(path: Path, config: Config, tokenizer: str) -> None:
     (path / "tokenizer.json").write_bytes(tokenizer.encode())
     special = [token["content"] for token in json.loads(tokenizer)["added_tokens"] if token["special"]]
-    eos = "<|endoftext|>"
+    # A name the tokenizer lacks would get an id of its own, beyond the model's rows.
+    ends = {"eos_token": END, "pad_token": END} if END in special else {}
     _dump(
         path / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": eos,
-            "pad_token": eos,
+            **ends,
             "model_max_length": config.model.context,
             "clean_up_tokenization_spaces": False,
             # GPT-NeoX takes no token types, and generate() refuses them.
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
-    _dump(
-        path / "special_tokens_map.json",
-        {"additional_special_tokens": special, "eos_token": eos, "pad_token": eos},
-    )
+    _dump(path / "special_tokens_map.json", {"additional_special_tokens": special, **ends})
 
 
 def _write_shards(

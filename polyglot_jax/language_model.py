@@ -44,8 +44,11 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Langu
     config, tokenizer = read_tokenizer(source)
     if mesh is not None:
         check_model(config.model, mesh)
+    is_cpu = jax.default_backend() == "cpu"
     if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = jnp.float32 if is_cpu else jnp.bfloat16
+    if is_cpu and jnp.dtype(dtype) == jnp.float16:
+        raise InputError("dtype=float16: a CPU has no products in it; use float32")
     params = load_params(source, mesh, jnp.dtype(dtype), split=True)
     return LanguageModel(config, params, tokenizer, mesh)
 
@@ -78,7 +81,7 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
     ) -> list[str]:
         """The continuations alone, one for each prompt (a single string counts as one prompt).
 
@@ -89,14 +92,14 @@ class LanguageModel:
         if not prompts:
             return []
         sample = self._sample(max_new_tokens, temperature, top_k, top_p, seed)
-        eos, chunk = self.config.data.eos_id if stop is None else None, _CHUNK if stop else 0
+        ends, stop = self._ends(stop)
         texts: list[str] = []
         with self._on_mesh():
-            for rows in self._generator.run(self.params, self._encode(prompts), sample, eos, chunk):
+            for rows in self._generator.run(self.params, self._encode(prompts), sample, ends, _CHUNK if stop else 0):
                 texts = [self._text(ids) for ids in rows]
                 if stop and all(_first_stop(text, stop) is not None for text in texts):
                     break
-        return [text[: _first_stop(text, stop or ())] for text in texts]
+        return [text[: _first_stop(text, stop)] for text in texts]
 
     def stream(
         self,
@@ -106,35 +109,41 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
     ) -> Iterator[str]:
         """Yield the text `generate` would return for the prompt, in pieces, as it is made.
 
         A piece never ends within a character, nor in what may become a stop string.
         """
         sample = self._sample(max_new_tokens, temperature, top_k, top_p, seed)
-        eos = self.config.data.eos_id if stop is None else None
+        ends, stop = self._ends(stop)
         text, shown = "", 0
-        with self._on_mesh():
-            for rows in self._generator.run(self.params, self._encode([prompt]), sample, eos, _CHUNK):
-                text = self._text(rows[0])
-                end = _first_stop(text, stop or ())
-                safe = end if end is not None else len(text) - _unsettled(text, stop or ())
-                if safe > shown:
-                    yield text[shown:safe]
-                    shown = safe
-                if end is not None:
-                    return
+        states = self._generator.run(self.params, self._encode([prompt]), sample, ends, _CHUNK)
+        while True:
+            with self._on_mesh():  # not around the yields: it would hold for what the caller does between them
+                rows = next(states, None)
+            if rows is None:
+                break
+            text = self._text(rows[0])
+            end = _first_stop(text, stop)
+            safe = end if end is not None else len(text) - _unsettled(text, stop)
+            if safe > shown:
+                yield text[shown:safe]
+                shown = safe
+            if end is not None:
+                return
         if len(text) > shown:
             yield text[shown:]
 
     def logits(self, tokens: Any) -> jax.Array:
         """int[B, T] -> float32[B, T, vocab]: unmasked, rows of padding included."""
-        tokens = jnp.asarray(tokens, jnp.int32)
-        if tokens.ndim != 2:
-            raise InputError(f"tokens: of shape {tokens.shape}; logits takes int[B, T]")
+        tokens, vocab = np.asarray(tokens), self.config.model.vocab
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise InputError(f"tokens: {tokens.dtype}{list(tokens.shape)}; logits takes int[B, T]")
+        if tokens.min() < 0 or tokens.max() >= vocab:  # indexing on a device would wrap or clamp them in silence
+            raise InputError(f"tokens: from {tokens.min()} to {tokens.max()}; ids are 0 to {vocab - 1}")
         with self._on_mesh():
-            return self._logits(self.params, tokens)
+            return self._logits(self.params, tokens.astype(np.int32))
 
     def score(self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int = 16) -> Scores:
         """How likely each continuation is after its context, over the whole padded vocabulary.
@@ -143,7 +152,7 @@ class LanguageModel:
         than the model's context loses its beginning, as in the lm-evaluation-harness. InputError if a
         continuation is empty.
         """
-        if isinstance(contexts, str) or len(contexts) != len(continuations):
+        if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
             raise InputError(
                 f"contexts: {len(contexts)} for {len(continuations)} continuations; give a list of as many"
             )
@@ -173,6 +182,16 @@ class LanguageModel:
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
         values = {name: value for name, value in zip(names, given, strict=True) if value is not None}
         return dataclasses.replace(self.config.sample, **values)
+
+    def _ends(self, stop: str | Sequence[str] | None) -> tuple[list[int], list[str]]:
+        """The ids that end a row and the strings that do; special tokens are in no text, so they are ids."""
+        if stop is None:
+            return [self.config.data.eos_id], []
+        stop = [stop] if isinstance(stop, str) else stop
+        if "" in stop:
+            raise InputError("stop: an empty string would stop at once; give [] to make max_new_tokens tokens")
+        special = self.tokenizer.special if self.tokenizer else {}
+        return [special[text] for text in stop if text in special], [text for text in stop if text not in special]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         if self.tokenizer is None:

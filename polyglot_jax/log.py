@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
@@ -37,13 +40,21 @@ class Log:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(file)
         self._file = file.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=after + 1 if after else 0)
+        folder = Path(run) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies quietly on a full disk, and the queue to it then blocks for ever.
+        self._events = EventsWriter(str(folder / "events"), f".{after}")
+        self._event(after + 1 if after else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, **values: float) -> None:
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._event(step, summary=scalar(name, value))
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()

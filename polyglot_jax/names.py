@@ -33,7 +33,7 @@ def family(model_type: str) -> ModuleType:
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key.endswith("_parameters"):
             flat |= {f"{key}.{inner}": item for inner, item in value.items()}
         elif not (value is None and key.endswith("_parameters")):
             flat[key] = value
@@ -54,7 +54,7 @@ def config_from_theirs(theirs: Mapping[str, Any], source: str = "config.json") -
         found = {key: left.pop(key) for key in keys.split("|") if key in left}
         if any(value != next(iter(found.values())) for value in found.values()):
             raise InputError(f"{source}: {' and '.join(f'{k}={v}' for k, v in found.items())} contradict each other")
-        value = next(iter(found.values()), default)
+        value = next((value for value in found.values() if value is not None), default)
         if values is not None:
             meant = [mine for their, mine in values.items() if their == value]
             if not meant:

@@ -9,7 +9,7 @@ import optax
 
 from polyglot_jax.config import OptimizerConfig
 
-# Weight decay pulls on matrices that multiply activations; not on embeddings, norms or biases.
+# Weight decay pulls on the matrices of the layers; not on embedding, head, norms or biases.
 _DECAYED = ({"embed", "heads", "head_dim"}, {"embed", "mlp"})
 
 

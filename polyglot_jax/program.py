@@ -39,7 +39,7 @@ class Program(NamedTuple):
     def make(cls, config: Config, mesh: Mesh) -> Program:
         """Nothing is computed or placed yet."""
         train = config.train
-        model = Transformer(config.model, train.dtype, train.param_dtype, train.remat)
+        model = Transformer(config.model, train.dtype, remat=train.remat)
         optimizer = make_optimizer(config.optimizer, train.steps, model.axes())
         abstract = _abstract_state(model, optimizer, mesh)
         rows = NamedSharding(mesh, sharding.spec(("batch", "length")))

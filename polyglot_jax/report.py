@@ -42,13 +42,13 @@ class Reporter:
         self._flops = 6 * config.model.parameters()
         # Causal attention adds 6 L T D a token: 2 products of T x T x D, forward and twice backward, half of it masked.
         self._attention_flops = 6 * config.model.layers * config.model.embed * config.train.sequence_length
-        self._peak, source = peak_flops(config.train.dtype)
+        self._peak, source = peak_flops(config.train.dtype, program.batch.tokens.sharding.mesh.size)
         print(f"MFU is a share of {self._peak / 1e12:.3g} TFLOP/s ({source}), counting 6N FLOPs a token")
         self._log = Log(out, first)
         self._progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step")
         self._window: list[dict[str, jax.Array]] = []
         self._checked = first
-        self._restart_clock()
+        self.restart_clock()
 
     def __enter__(self) -> Reporter:
         return self
@@ -57,7 +57,8 @@ class Reporter:
         self._progress.close()
         self._log.close()
 
-    def _restart_clock(self) -> None:
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was done since the last row: evaluation, a checkpoint."""
         self._timed, self._clock = 0, time.perf_counter()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -81,7 +82,7 @@ class Reporter:
             f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
             f"{speed:,.0f} tokens/s, MFU {values['mfu']:.1%}"
         )
-        self._restart_clock()
+        self.restart_clock()
 
     def check_finite(self, step: int) -> dict[str, float]:
         """Wait for the steps since the last check; InputError if a loss or gradient among them is not finite.
@@ -124,4 +125,4 @@ class Reporter:
             line += f", {values['heldout_bits_per_byte']:.4f} bits per byte"
         self._log.write(step, **values)
         self._progress.write(f"{line}, over {count:,.0f} tokens")
-        self._restart_clock()
+        self.restart_clock()

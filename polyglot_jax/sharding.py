@@ -80,12 +80,10 @@ def check(config: Config, mesh: Mesh) -> None:
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of an array with these axis names; None is an axis of no name, never split."""
-    parts: list[Any] = []
-    for axis in axes:
-        if axis is not None and axis not in RULES:
-            raise KeyError(f"axis {axis!r} has no rule in polyglot_jax.sharding.RULES")
-        parts.append(RULES[axis] or None if axis is not None else None)
-    return PartitionSpec(*parts)
+    unruled = set(axes) - set(RULES) - {None}
+    if unruled:
+        raise KeyError(f"axes {sorted(unruled)} have no rule in polyglot_jax.sharding.RULES")
+    return PartitionSpec(*(RULES.get(axis) or None for axis in axes))
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:

@@ -90,7 +90,12 @@ class Tokenizer:
     @cached_property
     def valid_ids(self) -> int:
         """One more than the highest id: 30,003 for Polyglot-Ko."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary.values()) + 1
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every entry, special tokens too, and its id."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def padded(self, multiple: int = 128) -> int:
         """`valid_ids` rounded up to a multiple, the rows of the model's embedding: 30,080 for Polyglot-Ko."""

@@ -2,6 +2,7 @@
 
 RUN/
   config.json tokenizer.json     what is trained
+  inputs.json                    fingerprints of the token files, and --init
   checkpoints/STEP/              see checkpoint.py; the newest resumes the run, bit for bit on the same mesh
   log.jsonl tensorboard/         rows while it runs
   loss.png                       drawn at the end
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,24 +22,27 @@ from polyglot_jax import checkpoint, sharding
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.data import Batches, find_tokenizer
+from polyglot_jax.files import read_config
 from polyglot_jax.log import plot_losses
 from polyglot_jax.model import Params
+from polyglot_jax.optimizer import schedule
 from polyglot_jax.program import Program
 from polyglot_jax.report import Reporter, is_due
 from polyglot_jax.tokenizer import Tokenizer
-from polyglot_jax.weights import load_params, open_source
+from polyglot_jax.weights import load_params, open_source, read_tokenizer
 
 # What may differ when a run goes on; anything else would make it another run.
-_MAY_CHANGE = (
-    "mesh.",
-    "sample.",
+_MAY_CHANGE = {
+    "mesh",
+    "sample",
+    "optimizer.decay_steps",
     "train.steps",
     "train.log_every",
     "train.eval_every",
     "train.eval_sequences",
     "train.checkpoint_every",
     "train.keep",
-)
+}
 
 
 def train(config: Config, out: str | Path, init: str | Path | None = None) -> Path:
@@ -53,18 +58,21 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(config, mesh)
     batches = Batches(config)
-    start = _find_start(config, out)
+    inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": str(init) if init else None}
+    start = _find_start(config, out, inputs)
     first = start.step if start else 0
     if start and first >= total:
         print(f"{out}: is at step {first} already; raise --train.steps above {total} to go on")
+        if not (out / "loss.png").is_file():  # the run was killed after its last checkpoint
+            print(f"wrote {plot_losses(out)}")
         return start.path
-    params = _initial_params(config, mesh, init) if init and not start else None
+    params = _initial_params(config, mesh, init, tokenizer) if init and not start else None
     program = Program.make(config, mesh)
-    print(_describe(config, mesh, batches, first))
+    print(_describe(config, mesh, batches, start))
 
     with jax.set_mesh(mesh):
         state = program.restore(start) if start else program.first_state(params or program.random_params())
-        _write_run(out, config, tokenizer)
+        _write_run(out, config, tokenizer, inputs)
         step_function = program.compile()
         with Reporter(program, batches, tokenizer, out, first) as report:
             if first == 0:
@@ -80,37 +88,50 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
                     path = out / "checkpoints" / str(step)
                     checkpoint.save(path, config, state.params, optimizer=state.optimizer, tokenizer=text, step=step)
                     checkpoint.prune(out, config.train.keep)
+                    report.restart_clock()
     print(f"wrote {plot_losses(out)}")
     return path
 
 
-def _initial_params(config: Config, mesh: Mesh, init: str | Path) -> Params:
+def _initial_params(config: Config, mesh: Mesh, init: str | Path, tokenizer: Tokenizer | None) -> Params:
     source = open_source(init)
+    theirs = read_tokenizer(source)[1]
+    if theirs and tokenizer and theirs.vocabulary != tokenizer.vocabulary:
+        raise InputError(f"--init {init}: made with another tokenizer than the token files; prepare them with its own")
     if source.config.model != config.model:
-        raise InputError(f"--init {init}: another model: {_differences(source.config, config, 'model.')[0]}")
-    return load_params(source, mesh, config.train.param_dtype, split=False)
+        first = next(line for name, line in _differences(source.config, config) if name.startswith("model."))
+        raise InputError(f"--init {init}: another model: {first}")
+    return load_params(source, mesh, "float32", split=False)
 
 
-def _find_start(config: Config, out: Path) -> Checkpoint | None:
+def _find_start(config: Config, out: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     """The newest checkpoint of the run at `out`; None for a new run. InputError if it is not this run."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    # A process killed while it began the run may have left a .tmp of ours.
+    if not out.exists() or (out.is_dir() and all(file.suffix == ".tmp" for file in out.iterdir())):
         return None
     file = out / "config.json"
     if not file.is_file():
         raise InputError(f"--out {out}: exists and is not a training run; choose another folder")
-    old = Config.from_json(file.read_text(encoding="utf-8"))
-    differences = [line for line in _differences(old, config) if not line.startswith(_MAY_CHANGE)]
+    old = read_config(file)
+    before = json.loads((out / "inputs.json").read_text(encoding="utf-8"))
+    differences = [line for name, line in _differences(old, config) if not {name, name.split(".")[0]} & _MAY_CHANGE]
+    if before["corpora"] != inputs["corpora"]:
+        differences.append(f"the token files in {', '.join(config.data.paths)} are not those it began with")
+    if inputs["init"] not in (None, before["init"]):
+        differences.append(f"--init is {before['init']} there, {inputs['init']} here")
     if differences:
         raise InputError(
             f"--out {out}: a run with other settings is there: {'; '.join(differences)}; give the same settings to go "
             "on with it, or choose another folder"
         )
     newest = checkpoint.newest(out)
+    if newest is None and before["init"] != inputs["init"]:
+        raise InputError(f"--out {out}: began with --init {before['init']} and has no checkpoint yet; give it again")
     return Checkpoint(newest) if newest else None
 
 
-def _differences(old: Config, new: Config, only: str = "") -> list[str]:
-    """Lines "section.field is OLD there, NEW here" for fields whose dotted name starts with `only`."""
+def _differences(old: Config, new: Config) -> list[tuple[str, str]]:
+    """(dotted name, "name is OLD there, NEW here") of each field that differs."""
     lines = []
     for section in dataclasses.fields(Config):
         before, after = getattr(old, section.name), getattr(new, section.name)
@@ -118,32 +139,42 @@ def _differences(old: Config, new: Config, only: str = "") -> list[str]:
             name, was, now = f"{section.name}.{field.name}", getattr(before, field.name), getattr(after, field.name)
             if name == "data.paths":  # the same folders may be named from another place
                 was, now = ([str(Path(path).resolve()) for path in paths] for paths in (was, now))
-            if was != now and name.startswith(only):
-                lines.append(f"{name} is {json.dumps(was)} there, {json.dumps(now)} here")
+            if was != now:
+                lines.append((name, f"{name} is {json.dumps(was)} there, {json.dumps(now)} here"))
     return lines
 
 
-def _write_run(out: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    if jax.process_index():
-        return
+def _write_run(out: Path, config: Config, tokenizer: Tokenizer | None, inputs: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.json", config.to_json()), ("tokenizer.json", tokenizer and tokenizer.to_json())):
-        if text is not None:
-            temporary = out / f"{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(out / name)
+    texts = {"inputs.json": json.dumps(inputs, indent=1) + "\n", "config.json": config.to_json()}
+    if tokenizer is not None:
+        texts["tokenizer.json"] = tokenizer.to_json()
+    for name, text in texts.items():
+        temporary = out / f"{name}.tmp"
+        temporary.write_bytes(text.encode())
+        temporary.replace(out / name)
 
 
-def _describe(config: Config, mesh: Mesh, batches: Batches, first: int) -> str:
+def _describe(config: Config, mesh: Mesh, batches: Batches, start: Checkpoint | None) -> str:
     train, model = config.train, config.model
+    first = start.step if start else 0
+    jump = ""
+    if start:
+        old, new = (float(schedule(c.optimizer, c.train.steps)(first)) for c in (start.config, config))
+        end = start.config.optimizer.decay_steps or start.config.train.steps
+        if old != new:
+            jump = (
+                f"\nnote: with {train.steps} steps the learning rate at step {first} is {new:.3g}, where it was "
+                f"{old:.3g}; --optimizer.decay-steps {end} keeps it"
+            )
     tokens = train.batch_size * train.sequence_length
     valid = f"{config.data.valid_ids:,} ids" if config.data.valid_ids else "no tokenizer"
     return (
-        f"model: {model.parameters():,} parameters ({valid}, {model.vocab:,} rows), {train.param_dtype} weights, "
+        f"model: {model.parameters():,} parameters ({valid}, {model.vocab:,} rows), float32 weights, "
         f"{train.dtype} products\n"
         f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}, {mesh.devices.flat[0].platform}\n"
         f"data: {batches.samples_per_pass:,} samples of {train.sequence_length + 1} tokens a pass, "
         f"{sum(corpus.heldout_tokens for corpus in batches.corpora):,} tokens held out\n"
         f"steps {first + 1} to {train.steps} of {train.batch_size} sequences, {tokens:,} tokens: "
-        f"{train.steps * train.batch_size / batches.samples_per_pass:.2f} passes"
+        f"{train.steps * train.batch_size / batches.samples_per_pass:.2f} passes{jump}"
     )

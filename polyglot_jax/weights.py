@@ -33,7 +33,7 @@ _HUB_FILES = (
 )
 
 
-def open_source(path: str | Path, revision: str | None = None) -> Checkpoint | HfFolder:
+def open_source(path: str | Path) -> Checkpoint | HfFolder:
     """A checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a name on the hub (downloaded once).
 
     InputError if `path` is none of these.
@@ -50,16 +50,16 @@ def open_source(path: str | Path, revision: str | None = None) -> Checkpoint | H
         raise InputError(f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face model folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise InputError(f"{path}: no such folder (and not a name like EleutherAI/polyglot-ko-1.3b)")
-    return HfFolder(_download(str(path), revision))
+    return HfFolder(_download(str(path)))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: no such folder here, and the hub did not give it: {reason}") from error
 
@@ -76,15 +76,16 @@ def read_tokenizer(source: Checkpoint | HfFolder) -> tuple[Config, Tokenizer | N
 def stacked(
     source: Checkpoint | HfFolder, dtype: Any = None, *, progress: bool = True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every parameter, layers stacked; each is given up by this iterator before the next is filled."""
+    """(name, array) of every parameter, layers stacked, each as soon as its last layer was read."""
     layers = source.config.model.layers
     stacks: dict[str, np.ndarray] = {}
     for name, layer, array in _shown(source, progress):
         if layer is None:
             yield name, array if dtype is None else array.astype(dtype)
         else:
-            stack = stacks.setdefault(name, np.empty((layers, *array.shape), dtype or array.dtype))
-            stack[layer] = array
+            if name not in stacks:
+                stacks[name] = np.empty((layers, *array.shape), dtype or array.dtype)
+            stacks[name][layer] = array
             if layer == layers - 1:
                 yield name, stacks.pop(name)
 

@@ -221,7 +221,10 @@ def test_a_deleted_manifest_is_named(saved):
         Checkpoint(saved[0])
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"format": 1, "st', bytes(100), b"\xff\xfe", b"[]", b'{"format": 1}', b"7"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b'{"format": 1, "st', bytes(100), b"\xff\xfe", b"[]", b'{"format": "polyglot-jax-checkpoint"}', b"7"],
+)
 def test_a_damaged_manifest_is_named(saved, damage):
     file = saved[0] / "manifest.json"
     file.write_bytes(damage)
@@ -232,9 +235,13 @@ def test_a_damaged_manifest_is_named(saved, damage):
 def test_another_format_is_refused_by_its_number(saved):
     file = saved[0] / "manifest.json"
     manifest = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(manifest | {"format": 2}), encoding="utf-8")
-    with pytest.raises(InputError, match=rf"^{file}: format=2: this program reads 1$"):
+    file.write_text(json.dumps(manifest | {"version": 2}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{file}: version=2: this program reads 1$"):
         Checkpoint(saved[0])
+    file.write_text(json.dumps(manifest | {"format": "polyglot-jax-corpus"}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{file}: format=polyglot-jax-corpus: this program reads polyglot-jax-ch"):
+        Checkpoint(saved[0])
+    assert not checkpoint.is_checkpoint(saved[0])
 
 
 @pytest.mark.parametrize(
@@ -445,3 +452,28 @@ def test_a_disk_that_is_really_full(tmp_path, config):
         assert bits(Checkpoint(path).restore_params(abstract_of(params))) == bits(params)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("name", ["run#1", "q?x", "a%41b", "봄 날"])
+def test_any_folder_name_is_read(tmp_path, config, name):
+    save(tmp_path / name, config, random_params(config))
+    opened = Checkpoint(tmp_path / name)
+    assert sum(1 for _ in opened.leaves()) == opened.leaf_count
+
+
+def test_overwrite_spares_what_is_no_checkpoint(tmp_path, config):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "manifest.json").write_text('{"format": "polyglot-jax-corpus"}', encoding="utf-8")
+    with pytest.raises(InputError, match="was not made by this command"):
+        save(corpus, config, random_params(config), overwrite=True)
+    assert (corpus / "manifest.json").is_file()
+
+
+def test_what_appears_meanwhile_is_spared(tmp_path):
+    with pytest.raises(InputError, match="exists"), new_folder(tmp_path / "new", lambda _: True) as folder:
+        (folder / "mine").write_text("1", encoding="utf-8")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "precious").write_text("2", encoding="utf-8")
+    assert (tmp_path / "new" / "precious").read_text(encoding="utf-8") == "2"
+    assert not list(tmp_path.glob("*.incomplete"))

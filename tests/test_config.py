@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 from runs import random_corpus, text_corpus
 
-from polyglot_jax.__main__ import VERBS, run
+from polyglot_jax import __main__ as main
+from polyglot_jax.__main__ import VERBS
+from polyglot_jax.cli import run
 from polyglot_jax.config import PRESETS, Config, InputError, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +45,7 @@ def test_values_other_than_defaults_are_the_same_after_json():
         "model": {"tied": True, "residual": "sequential", "rotary_pct": 0.25},
         "optimizer": {"decay_steps": 7},
         "data": {"paths": ["a", "나"], "weights": [0.25, 3.0], "valid_ids": 500},
-        "train": {"seed": 2**31 - 1, "param_dtype": "bfloat16"},
+        "train": {"seed": 2**31 - 1, "dtype": "float32"},
     }
     config = Config.from_json(json.dumps(changes))
     assert (config.data.paths, config.data.weights) == (("a", "나"), (0.25, 3.0))
@@ -204,7 +207,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_train_help_shows_every_field_and_never_imports_jax():
     code = (
-        "import sys; from polyglot_jax.__main__ import VERBS, run\n"
+        "import sys; from polyglot_jax.__main__ import VERBS; from polyglot_jax.cli import run\n"
         f"try: run(VERBS, {PROGRAM!r}, ['train', '--preset', 'polyglot-ko-3.8b', '--help'])\n"
         "except SystemExit as stop: print('STATUS', stop.code)\n"
         "print('MODULES', *sys.modules)"
@@ -271,7 +274,7 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error_of_one_line(error, tmp_pa
 
 def test_a_config_file_that_is_missing_or_wrong_is_an_error_of_one_line(error, tmp_path):
     file = tmp_path / "config.json"
-    assert error("--out", tmp_path / "run", "--config", file) == f"--config {file}: no such file"
+    assert error("--out", tmp_path / "run", "--config", file) == f"{file}: no such file"
     file.write_text('{"train": {"stepz": 3}}', encoding="utf-8")
     assert error("--out", tmp_path / "run", "--config", file).startswith("train.stepz: no such field")
 
@@ -318,7 +321,7 @@ def test_the_program_itself_exits_with_status_1_and_no_traceback(tmp_path):
 # A room imports only from rooms on lower floors. A package is one room; what lies inside may import each other.
 FLOORS = [
     {"config", "families"},
-    {"files", "names", "sharding", "attention", "hardware", "token_files", "tokenizer"},
+    {"cli", "files", "names", "sharding", "attention", "hardware", "token_files", "tokenizer"},
     {"model", "optimizer", "data", "log"},
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
@@ -370,9 +373,8 @@ def test_every_module_has_a_floor():
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_a_module_imports_only_from_the_floors_below(module):
     room = room_of(module)
-    for other, name in imported_rooms(ast.parse(modules()[module].read_text(encoding="utf-8"))):
-        # The one arrow that runs up: both programs start their verbs alike.
-        if other == room or (module, other, name) == ("convert.__main__", "__main__", "run"):
+    for other, _ in imported_rooms(ast.parse(modules()[module].read_text(encoding="utf-8"))):
+        if other == room:
             continue
         assert FLOOR[other] < FLOOR[room], f"{module} on floor {FLOOR[room]} imports {other} of floor {FLOOR[other]}"
 
@@ -387,3 +389,29 @@ def test_the_walk_over_imports_sees_every_kind_of_import():
     assert imported_rooms(tree) == {
         ("train", ""), ("steps", ""), ("language_model", "load"), ("prepare", "prepare"), ("convert", "hf_to_orbax"),
     }  # fmt: skip
+
+
+def test_a_repeated_flag_is_refused_rather_than_half_dropped(capsys):
+    assert run(VERBS, "prog", ["train", "--data", "a", "--data=b", "--out", "x"]) == 1
+    assert "--data: given 2 times; give several values after one: --data A B" in capsys.readouterr().err
+
+
+def test_presets_are_named_alike_everywhere_and_carry_the_published_recipes():
+    assert typing.get_args(main._PresetName) == tuple(PRESETS)
+    recipes = {name: (c.train.batch_size, c.train.steps, c.model.context) for name, c in PRESETS.items()}
+    del recipes["tiny"]
+    assert recipes == {
+        "polyglot-ko-1.3b": (1024, 102_000, 2048),
+        "polyglot-ko-3.8b": (1024, 105_000, 2048),
+        "polyglot-ko-5.8b": (256, 320_000, 2048),
+        "polyglot-ko-12.8b": (256, 301_000, 2048),
+    }
+
+
+def test_one_of_preset_and_config(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\xff")
+    assert run(VERBS, "prog", ["train", "--config", str(file), "--out", "x"]) == 1
+    assert f"error: {file}: " in capsys.readouterr().err
+    assert run(VERBS, "prog", ["train", "--config", str(file), "--preset", "tiny", "--out", "x"]) == 1
+    assert "give one of the two" in capsys.readouterr().err

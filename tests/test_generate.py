@@ -99,7 +99,7 @@ def script(silent, ids) -> LanguageModel:
 def tokens_of(lm, prompts, eos=EOS, **sample):
     """The tokens that `generate` would turn into text."""
     with lm._on_mesh():
-        return list(lm._generator.run(lm.params, prompts, SampleConfig(**sample), eos))[-1]
+        return list(lm._generator.run(lm.params, prompts, SampleConfig(**sample), [] if eos is None else [eos]))[-1]
 
 
 # Against transformers
@@ -247,8 +247,11 @@ def test_logits_are_those_of_transformers(pair):
     tokens = np.random.default_rng(2).integers(0, 512, (3, 17))
     with torch.no_grad():
         assert off_by(lm.logits(tokens), model(torch.from_numpy(tokens)).logits) <= 1e-5
-    with pytest.raises(InputError, match=r"tokens: of shape \(17,\)"):
+    with pytest.raises(InputError, match=r"tokens: int64\[17\]; logits takes int\[B, T\]"):
         lm.logits(tokens[0])
+    for bad in ([[512]], [[-1]], [[1.5]]):
+        with pytest.raises(InputError, match=r"^tokens: "):
+            lm.logits(bad)
 
 
 def test_end_of_text_ends(silent, tokenizer):
@@ -262,6 +265,12 @@ def test_end_of_text_ends(silent, tokenizer):
     assert lm.generate(prompt, max_new_tokens=len(ids), stop=[]) == ["마을 옛날 오면"]
     assert "".join(lm.stream(prompt, max_new_tokens=len(ids), stop=[])) == "마을 옛날 오면"
     assert lm.generate(prompt, max_new_tokens=len(ids), stop=["날"]) == ["마을 옛"]
+    assert lm.generate(prompt, max_new_tokens=len(ids), stop="날") == ["마을 옛"]
+    # A special token among them is one, though the text never shows it.
+    assert lm.generate(prompt, max_new_tokens=len(ids), stop=["날", "<|endoftext|>"]) == ["마을"]
+    assert "".join(lm.stream(prompt, max_new_tokens=len(ids), stop=["<|endoftext|>"])) == "마을"
+    with pytest.raises(InputError, match="stop: an empty string"):
+        lm.generate(prompt, stop=[""])
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 16])
@@ -357,7 +366,7 @@ def test_a_prompt_too_long_is_an_input_error(pair):
     message = rf"sample\.max_new_tokens=8: with a prompt of {length} tokens .*model\.context=128"
     with pytest.raises(InputError, match=message):
         lm.generate(["마을", prompt], max_new_tokens=8)
-    with pytest.raises(InputError, match="lower it to 0"):
+    with pytest.raises(InputError, match=r"model\.context=128; shorten the prompt"):
         list(lm.stream(prompt, max_new_tokens=8))
     room = 128 - len(lm.tokenizer.encode(KOREAN[0]))
     with pytest.raises(InputError, match=f"lower it to {room} "):
@@ -425,7 +434,7 @@ def test_another_prompt_compiles_nothing(pair, caplog):
     run = fresh._generator.run
 
     def ask(length, **sample):
-        return compiled(caplog, lambda: list(run(fresh.params, [[7] * length], SampleConfig(**sample), EOS)))
+        return compiled(caplog, lambda: list(run(fresh.params, [[7] * length], SampleConfig(**sample), [EOS])))
 
     assert len([name for name in ask(3, max_new_tokens=20) if "_start" in name or "_continue" in name]) == 2
     for length in (1, 4, 9, 16):
@@ -452,7 +461,7 @@ def test_compilations_are_bounded(pair, monkeypatch):
     monkeypatch.setitem(generator.__dict__, "_start", start)
     for length in range(1, 109):
         with pytest.raises(Stop):
-            next(generator.run(None, [[7] * length], SampleConfig(max_new_tokens=20), EOS))
+            next(generator.run(None, [[7] * length], SampleConfig(max_new_tokens=20), [EOS]))
     assert {tokens for _, _, tokens in shapes} == {(1, 16), (1, 32), (1, 64), (1, 128)}
     assert len(shapes) <= 5
 
@@ -525,6 +534,8 @@ def test_score_refuses(short):
         lm.score(["마을"], [KOREAN[3] * 3])
     with pytest.raises(InputError, match="contexts: 2 for 1"):
         lm.score(["마을", "사람"], ["a"])
+    with pytest.raises(InputError, match="contexts: 2 for 2 continuations; give a list"):
+        lm.score(["마을", "사람"], "ab")
 
 
 # On a mesh
@@ -546,6 +557,12 @@ def test_eight_devices_generate_what_one_does(tmp_path, tokenizer):
         one.score(contexts, continuations).log_probabilities,
         rtol=1e-5,
     )
+    # Between two pieces the mesh is not the caller's.
+    pieces = eight.stream("마을", max_new_tokens=16, stop=[])
+    next(pieces)
+    assert jax.sharding.get_abstract_mesh().empty
+    one.logits([[1]])
+    pieces.close()
     for rows in (1, 3):  # a single prompt, and one row less than the replicas
         tokens = np.arange(rows * 20).reshape(rows, 20)
         assert off_by(eight.logits(tokens), one.logits(tokens)) < 1e-5
@@ -563,5 +580,5 @@ def test_bfloat16_and_the_split_tree(tmp_path):
     tokens = np.arange(20)[None]
     full = Transformer(model).apply({"params": params}, tokens)
     assert 0 < off_by(lm.logits(tokens), full) < 0.05
-    made = list(lm._generator.run(lm.params, [[5, 6, 7]], SampleConfig(max_new_tokens=8), None))[-1][0]
+    made = list(lm._generator.run(lm.params, [[5, 6, 7]], SampleConfig(max_new_tokens=8), []))[-1][0]
     assert len(made) == 8

@@ -281,9 +281,12 @@ def test_verify_notices_other_dtypes_and_other_models(folder, tmp_path):
     assert len(lines) == HfFolder(folder).leaf_count
     assert lines[0].startswith("embed/kernel: float32 in ")
     hf_to_orbax(str(folder), tmp_path / "b")
-    configure(folder, rotary_pct=0.25)
-    (line,) = differences(str(folder), str(tmp_path / "b"))
-    assert line.startswith("config: ")
+    configure(folder, initializer_range=0.5)
+    assert list(differences(str(folder), str(tmp_path / "b"))) == []  # no weight differs
+    other = model_config(mlp=32, embed=48, heads=3, context=64)
+    checkpoint.save(tmp_path / "other", our_config(other), random_params(other, 0))
+    lines = list(differences(str(tmp_path / "b"), str(tmp_path / "other")))
+    assert any(line.startswith("layers/mlp/up/kernel: (2, ") for line in lines)
 
 
 # Older and newer revisions
@@ -361,11 +364,9 @@ def test_rotary_settings_old_and_new(folder, changes):
     ("changes", "message"),
     [
         ({"attention_bias": False}, "attention_bias=False: this model is implemented for True only"),
-        ({"hidden_dropout": 0.1}, "hidden_dropout=0.1: "),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1: "),
         ({"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type='linear': "),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear': unknown setting"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={'type': 'linear'"),
         ({"rope_parameters": ROPE},
          "rotary_emb_base=10000 and rope_parameters.rope_theta=5000.0 contradict each other"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}},

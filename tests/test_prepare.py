@@ -135,9 +135,13 @@ def test_column_and_its_defaults(run, tmp_path):
         run(file, column="B", out=tmp_path / "out3")
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"body": "하나"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"a\.jsonl: no column text or document among body"):
+    reason = r"a\.jsonl: 1 of 1 rows are bad, such as line 1 \(no 'text' or 'document' among body\); .*--column"
+    with pytest.raises(InputError, match=reason):
         run(lines, out=tmp_path / "out3")
     assert run(lines, column="body", out=tmp_path / "out3")[1] == ["하나"]
+    lines.write_text('{"meta": 1}\n{"text": "둘"}\n{"document": "셋"}\n', encoding="utf-8")
+    manifest, texts = run(lines, out=tmp_path / "out4")  # each row on its own
+    assert (texts, manifest["bad_rows"]) == (["둘", "셋"], 1)
 
 
 def test_other_encodings(run, tmp_path):
@@ -241,10 +245,12 @@ def test_bad_rows_are_recorded_with_line_and_reason(run, tmp_path, capsys):
     rows = bad_rows(tmp_path / "out")
     assert {row["file"] for row in rows} == {str(file)} and [row["line"] for row in rows] == [*range(9, 15)]
     starts = ["byte 0xb0 is not utf-8", "not JSON: ", "not a JSON object but list", "'text' is not a string but int",
-              "no 'text' among body", "half of a surrogate pair"]  # fmt: skip
+              "no 'text' or 'document' among body", "half of a surrogate pair"]  # fmt: skip
     assert all(row["reason"].startswith(start) for row, start in zip(rows, starts, strict=True))
     printed = capsys.readouterr().err
-    assert f"bad row: {file}: line 13: no 'text'" in printed and "line 14" not in printed and "more bad rows" in printed
+    assert (
+        f"bad row: {file}: line 13: no 'text' or" in printed and "line 14" not in printed and "more bad rows" in printed
+    )
 
 
 def test_rows_of_a_wrong_number_of_fields(run, tmp_path):

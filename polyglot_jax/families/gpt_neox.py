@@ -24,15 +24,16 @@ FIELDS = (
 # Settings the model has no other form of: their only value, or absent. Written as they stand.
 REQUIRED = {
     "attention_bias": True,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
     "is_decoder": False,
     "rope_parameters.rope_type": "default",
     "rope_scaling": None,
 }
 
-# Settings that change nothing the model computes.
+# Settings that change nothing the model computes (dropouts: nothing outside training, and training here has none).
 HARMLESS = (
+    "attention_dropout", "hidden_dropout", "chunk_size_feed_forward", "id2label", "label2id", "output_attentions",
+    "output_hidden_states", "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class",
+    "unk_token_id",
     "_name_or_path", "architectures", "bos_token_id", "classifier_dropout", "dtype", "gradient_checkpointing",
     "model_type", "num_steps", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
 )  # fmt: skip

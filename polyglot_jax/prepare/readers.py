@@ -228,7 +228,7 @@ def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path, lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
-    column = config.column
+    wanted = (config.column,) if config.column else DEFAULT_COLUMNS
     for number, line in enumerate(lines, 1):
         if not line.strip():
             yield Row(number)
@@ -241,14 +241,15 @@ def _jsonl_rows(path: Path, lines: IO[str], config: ReaderConfig) -> Iterator[Ro
         if not isinstance(value, dict):
             yield Row(number, problem="json", reason=f"not a JSON object but {type(value).__name__}")
             continue
-        column = column or _find_column(path, value, config)
-        text = value.get(column)
-        if isinstance(text, str):
-            yield Row(number, text)
-        elif column in value:
-            yield Row(number, problem="column", reason=f"{column!r} is not a string but {type(text).__name__}")
+        column = next((name for name in wanted if name in value), None)
+        if column is None:
+            reason = f"no {' or '.join(map(repr, wanted))} among {', '.join(value) or 'no keys'}"
+            yield Row(number, problem="column", reason=reason)
+        elif isinstance(value[column], str):
+            yield Row(number, value[column])
         else:
-            yield Row(number, problem="column", reason=f"no {column!r} among {', '.join(value) or 'no keys'}")
+            reason = f"{column!r} is not a string but {type(value[column]).__name__}"
+            yield Row(number, problem="column", reason=reason)
 
 
 def _table_rows(path: Path, lines: IO[str], delimiter: str, config: ReaderConfig) -> Iterator[Row]:
