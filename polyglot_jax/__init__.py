@@ -1,7 +1,7 @@
-"""Polyglot JAX: train, convert, run and evaluate Polyglot-Ko models on JAX.
+"""Polyglot JAX: train, convert and run Polyglot-Ko models on JAX.
 
 import polyglot_jax
-lm = polyglot_jax.load("runs/demo")
+lm = polyglot_jax.load("demo/run")
 lm.generate(["옛날 옛적에"], max_new_tokens=32)
 """
 

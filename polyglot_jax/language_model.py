@@ -149,8 +149,7 @@ class LanguageModel:
         """How likely each continuation is after its context, over the whole padded vocabulary.
 
         Context and continuation are encoded apart and joined; an empty context is <|endoftext|>; what is longer
-        than the model's context loses its beginning, as in the lm-evaluation-harness. InputError if a
-        continuation is empty.
+        than the model's context loses its beginning. InputError if a continuation is empty.
         """
         if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
             raise InputError(

@@ -276,7 +276,7 @@ def test_a_config_file_that_is_missing_or_wrong_is_an_error_of_one_line(error, t
     file = tmp_path / "config.json"
     assert error("--out", tmp_path / "run", "--config", file) == f"{file}: no such file"
     file.write_text('{"train": {"stepz": 3}}', encoding="utf-8")
-    assert error("--out", tmp_path / "run", "--config", file).startswith("train.stepz: no such field")
+    assert error("--out", tmp_path / "run", "--config", file).startswith(f"{file}: train.stepz: no such field")
 
 
 def test_an_unknown_verb_prints_the_verbs(capsys):

@@ -198,7 +198,7 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
             if kind == ".txt":
                 yield from _txt_rows(lines, config.txt_documents)
             elif kind == ".jsonl":
-                yield from _jsonl_rows(path, lines, config)
+                yield from _jsonl_rows(lines, config)
             else:
                 yield from _table_rows(path, lines, "," if kind == ".csv" else "\t", config)
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
@@ -227,7 +227,7 @@ def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
             yield Row(start, "".join(paragraph).rstrip("\n"))
 
 
-def _jsonl_rows(path: Path, lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
+def _jsonl_rows(lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
     for number, line in enumerate(lines, 1):
         if not line.strip():
