@@ -44,6 +44,8 @@ _MAY_CHANGE = {
     "train.keep",
 }
 
+_INPUTS = "inputs.json"
+
 
 def train(config: Config, out: str | Path, init: str | Path | None = None) -> Path:
     """Train into the run folder `out`, or go on with the run that is there; returns its newest checkpoint.
@@ -106,14 +108,14 @@ def _initial_params(config: Config, mesh: Mesh, init: str | Path, tokenizer: Tok
 
 def _find_start(config: Config, out: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     """The newest checkpoint of the run at `out`; None for a new run. InputError if it is not this run."""
-    # A process killed while it began the run may have left a .tmp of ours.
-    if not out.exists() or (out.is_dir() and all(file.suffix == ".tmp" for file in out.iterdir())):
+    # A process killed while it began the run may have left what is written before config.json.
+    if not out.exists() or (out.is_dir() and all(f.suffix == ".tmp" or f.name == _INPUTS for f in out.iterdir())):
         return None
     file = out / "config.json"
     if not file.is_file():
         raise InputError(f"--out {out}: exists and is not a training run; choose another folder")
     old = read_config(file)
-    before = json.loads((out / "inputs.json").read_text(encoding="utf-8"))
+    before = json.loads((out / _INPUTS).read_text(encoding="utf-8"))
     differences = [line for name, line in _differences(old, config) if not {name, name.split(".")[0]} & _MAY_CHANGE]
     if before["corpora"] != inputs["corpora"]:
         differences.append(f"the token files in {', '.join(config.data.paths)} are not those it began with")
@@ -146,9 +148,12 @@ def _differences(old: Config, new: Config) -> list[tuple[str, str]]:
 
 def _write_run(out: Path, config: Config, tokenizer: Tokenizer | None, inputs: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"inputs.json": json.dumps(inputs, indent=1) + "\n", "config.json": config.to_json()}
+    texts = {}
+    if not (out / "config.json").is_file():  # going on does not change where the run came from
+        texts[_INPUTS] = json.dumps(inputs, indent=1) + "\n"
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_json()
+    texts["config.json"] = config.to_json()
     for name, text in texts.items():
         temporary = out / f"{name}.tmp"
         temporary.write_bytes(text.encode())

@@ -311,6 +311,7 @@ def test_other_token_files_in_the_same_place_are_refused_on_resuming(tmp_path):
 
 def test_a_start_that_was_killed_early_does_not_block_the_folder(corpus, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "inputs.json").write_text("{}", encoding="utf-8")
     (tmp_path / "run" / "config.json.tmp").write_text("{", encoding="utf-8")
     assert train(make_config(corpus, train__steps=2), tmp_path / "run").is_dir()
 
@@ -448,6 +449,11 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint(corpus, on_one_device, tm
     for name, init in (("checkpoint", source), ("run", on_one_device)):
         train(make_config(corpus, train__steps=1), tmp_path / name, init)
         assert heldout_losses(tmp_path / name)[0] == heldout_losses(on_one_device)[-1]
+    # Going on needs no --init and minds another one, then too.
+    train(make_config(corpus, train__steps=2), tmp_path / "checkpoint")
+    train(make_config(corpus, train__steps=3), tmp_path / "checkpoint", source)
+    with pytest.raises(InputError, match="--init is "):
+        train(make_config(corpus, train__steps=4), tmp_path / "checkpoint", on_one_device)
     # The optimizer starts anew: its count is that of one step.
     state = contents(newest(tmp_path / "run"))[1]
     counts = [leaf for leaf in state if leaf[1] == "int32"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import __version__ as tokenizers_version
 
-from polyglot_jax.prepare.corpus import Corpus
+from polyglot_jax.prepare.corpus import TextCorpus
 from polyglot_jax.prepare.folder import result_folder, write_manifest
 from polyglot_jax.prepare.readers import ReaderConfig
 from polyglot_jax.token_files import TokenFileWriter
@@ -44,7 +44,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     eos = tokenizer.eos_id
-    corpus = Corpus(config)
+    corpus = TextCorpus(config)
     with result_folder(config.out, config.overwrite, corpus.files) as folder:
         start = time.monotonic()
         with corpus.bar() as bar, TokenFileWriter(folder / NAME, tokenizer.valid_ids) as writer:

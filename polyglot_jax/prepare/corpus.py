@@ -40,7 +40,7 @@ class FileCount:
     utf8_bytes: int = 0
 
 
-class Corpus:
+class TextCorpus:
     """The documents of the files that a ReaderConfig names. Raises InputError when these cannot be found.
 
     counts   one FileCount per file read so far

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import __version__ as tokenizers_version
 
-from polyglot_jax.prepare.corpus import Corpus
+from polyglot_jax.prepare.corpus import TextCorpus
 from polyglot_jax.prepare.folder import result_folder, write_manifest
 from polyglot_jax.prepare.readers import ReaderConfig
 from polyglot_jax.tokenizer import Tokenizer, train_tokenizer
@@ -30,7 +30,7 @@ class TokenizerConfig(ReaderConfig):
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Write the folder `config.out`, return its tokenizer. Raises InputError for bad input, leaving `out` as it was."""
-    corpus = Corpus(config)
+    corpus = TextCorpus(config)
     with result_folder(config.out, config.overwrite, corpus.files) as folder:
         with corpus.bar() as bar:
             documents = corpus.documents(folder / "bad_rows.jsonl", bar.update)
