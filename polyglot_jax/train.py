@@ -112,7 +112,7 @@ def _find_start(config: Config, out: Path, inputs: dict[str, Any]) -> Checkpoint
     if not out.exists() or (out.is_dir() and all(f.suffix == ".tmp" or f.name == _INPUTS for f in out.iterdir())):
         return None
     file = out / "config.json"
-    if not file.is_file():
+    if not (file.is_file() and (out / _INPUTS).is_file()):
         raise InputError(f"--out {out}: exists and is not a training run; choose another folder")
     old = read_config(file)
     before = json.loads((out / _INPUTS).read_text(encoding="utf-8"))
@@ -151,9 +151,9 @@ def _write_run(out: Path, config: Config, tokenizer: Tokenizer | None, inputs: d
     texts = {}
     if not (out / "config.json").is_file():  # going on does not change where the run came from
         texts[_INPUTS] = json.dumps(inputs, indent=1) + "\n"
+    texts["config.json"] = config.to_json()  # with it the folder is a run, so what it needs to be one comes before
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_json()
-    texts["config.json"] = config.to_json()
     for name, text in texts.items():
         temporary = out / f"{name}.tmp"
         temporary.write_bytes(text.encode())

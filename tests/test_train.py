@@ -316,6 +316,31 @@ def test_a_start_that_was_killed_early_does_not_block_the_folder(corpus, tmp_pat
     assert train(make_config(corpus, train__steps=2), tmp_path / "run").is_dir()
 
 
+@pytest.mark.parametrize("last", ["inputs.json", "config.json", "tokenizer.json"])
+def test_a_start_killed_after_any_of_its_files_goes_on(tmp_path, monkeypatch, last):
+    class Killed(BaseException):
+        pass
+
+    replace = Path.replace
+
+    def replace_then_die(self, target):
+        replace(self, target)
+        if Path(target).name == last:
+            raise Killed
+
+    corpus, _ = text_corpus(tmp_path / "text")  # with a tokenizer.json
+    config = make_config(corpus, train__steps=2)
+    with monkeypatch.context() as patches, pytest.raises(Killed):
+        patches.setattr(Path, "replace", replace_then_die)
+        train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run").is_dir()
+
+
+def test_a_checkpoint_is_no_run_to_go_on_with(on_one_device, corpus):
+    with pytest.raises(InputError, match="exists and is not a training run"):
+        train(make_config(corpus, train__steps=2), newest(on_one_device))
+
+
 def test_a_finished_run_without_its_picture_gets_it(corpus, tmp_path):
     config = make_config(corpus, train__steps=2)
     train(config, tmp_path / "run")
