@@ -15,7 +15,10 @@ from polyglot_jax.cli import Verbs, run
 from polyglot_jax.config import PRESETS, Config, InputError, SampleConfig
 from polyglot_jax.files import read_config
 
-_PresetName = Literal["tiny", "polyglot-ko-1.3b", "polyglot-ko-3.8b", "polyglot-ko-5.8b", "polyglot-ko-12.8b"]
+_PresetName = Literal[
+    "tiny", "polyglot-ko-1.3b", "polyglot-ko-3.8b", "polyglot-ko-5.8b", "polyglot-ko-12.8b", "ko-gpt-trinity-1.2b",
+    "kogpt-6b", "xglm-7.5b",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

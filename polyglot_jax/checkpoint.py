@@ -1,11 +1,11 @@
 """Checkpoints: the only room that knows Orbax.
 
     CHECKPOINT/
-      params/          the model's parameters, an Orbax PyTree (zarr3 in OCDBT)
+      params/          the model's parameters, an Orbax PyTree of zarr3 arrays
       optimizer/       the optimizer's state, where training wrote it
       config.json      the Config
       tokenizer.json   as it was given, where there was one
-      manifest.json    step, shape and dtype of each parameter, size of every file: proof that nothing is missing
+      manifest.json    step; shape and dtype of each parameter; size and CRC-32 of every file, and of itself
 
 A leaf under "layers" is stacked, [layers, ...], and no chunk on disk spans two layers, so one layer can be read alone.
 A checkpoint is written beside its place under another name and renamed when it is whole.
@@ -15,19 +15,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
+from tqdm import tqdm
 
+from polyglot_jax import store
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.files import new_folder, read_config
+from polyglot_jax.parallel import in_order
+from polyglot_jax.source import Source
 
-FORMAT, VERSION = "polyglot-jax-checkpoint", 1
+FORMAT, VERSION = "polyglot-jax-checkpoint", 2
+_DAMAGED = "the checkpoint is damaged, use another one"
 Tree = dict[str, Any]
 
 
@@ -55,16 +62,14 @@ def _orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False))
 
 
-def _is_stacked(path: tuple[Any, ...]) -> bool:
-    return any(getattr(key, "key", None) == "layers" for key in path)
-
-
 def _save_tree(path: Path, tree: Any) -> None:
-    args = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: ocp.SaveArgs(shard_axes=(0,)) if _is_stacked(path) and leaf.ndim else ocp.SaveArgs(), tree
-    )
+    def arguments(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+        stacked = any(getattr(key, "key", None) == "layers" for key in path) and leaf.ndim
+        return ocp.SaveArgs(shard_axes=(0,)) if stacked else ocp.SaveArgs()
+
     with _orbax() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=args))
+        args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
+        checkpointer.save(path, args=args)
 
 
 def save(
@@ -86,21 +91,100 @@ def save(
         _save_tree(folder / "params", params)
         if optimizer is not None:
             _save_tree(folder / "optimizer", optimizer)
-        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-        if tokenizer is not None:
-            (folder / "tokenizer.json").write_bytes(tokenizer.encode())
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "params": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten(params).items()},
-            "files": {
-                file.relative_to(folder).as_posix(): file.stat().st_size
-                for file in sorted(folder.rglob("*"))
-                if file.is_file()
-            },
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _write_rest(folder, config, tokenizer, step, flatten(params), {})
+
+
+class Copied(NamedTuple):
+    """What `copy` wrote. pieces: parameters, counted layer by layer; non_finite: where infs and NaNs are, how many."""
+
+    pieces: int
+    bytes: int
+    non_finite: dict[str, int]
+
+
+def copy(path: str | Path, source: Source, dtype: Any = None, *, overwrite: bool = False) -> Copied:
+    """Write a checkpoint of the weights, config and tokenizer of `source`, a few megabytes at a time.
+
+    dtype: of the weights written; None: of each parameter its own. Errors as of `save`.
+    """
+    params = {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or leaf.dtype)) for name, leaf in source.params.items()
+    }
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in params.values())
+    files: dict[str, tuple[int, int]] = {}
+    non_finite: Counter[str] = Counter()
+    written = 0
+    with new_folder(path, is_checkpoint, overwrite=overwrite) as folder:
+        writer = store.Writer(folder / "params", unflatten(params), params)
+        progress = tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {Path(path).name}")
+        blocks = (
+            block
+            for name, layer in store.pieces(params)
+            for block in writer.blocks(name, layer, source.read(name, layer))
+        )
+        with progress:
+            for block, done in in_order(lambda block: (block, writer.write(block)), blocks):
+                file = f"params/{done.file}"
+                if file in files:
+                    raise ValueError(f"{file}: written twice")
+                files[file] = done.bytes, done.crc32
+                size = block.values.size * params[block.name].dtype.itemsize
+                written += size
+                progress.update(size)
+                if done.non_finite:
+                    where = block.name if block.layer is None else f"{block.name}, layer {block.layer}"
+                    non_finite[where] += done.non_finite
+        if written != total:
+            raise ValueError(f"{path}: {written} bytes written of {total}")
+        _write_rest(folder, source.config, source.tokenizer, 0, params, files)
+    return Copied(len(list(store.pieces(params))), total, dict(non_finite))
+
+
+def _write_rest(
+    folder: Path,
+    config: Config,
+    tokenizer: str | None,
+    step: int,
+    params: dict[str, Any],
+    known: dict[str, tuple[int, int]],
+) -> None:
+    """All but the arrays. `known`: size and checksum of files that need not be read for them."""
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_bytes(tokenizer.encode())
+    files = {}
+    for name in sorted(_files_in(folder)):
+        size, checksum = known.get(name) or ((folder / name).stat().st_size, _crc32(folder / name))
+        files[name] = {"bytes": size, "crc32": f"{checksum:08x}"}
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "params": {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in params.items()},
+        "files": files,
+    }
+    manifest["crc32"] = _crc32_of(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """Names of all files in a folder, but for the hidden ones that systems and editors put anywhere."""
+    for file in folder.rglob("*"):
+        if not file.name.startswith(".") and not file.is_dir():
+            yield file.relative_to(folder).as_posix()
+
+
+def _crc32(file: Path) -> int:
+    checksum = 0
+    with open(file, "rb") as opened:
+        while part := opened.read(2**22):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _crc32_of(manifest: dict[str, Any]) -> str:
+    """Of a manifest's own content."""
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -110,8 +194,30 @@ def is_checkpoint(path: str | Path) -> bool:
         return (Path(path) / "params").is_dir()
     try:
         return json.loads(manifest.read_bytes())["format"] == FORMAT
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return (Path(path) / "params").is_dir()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        checksum = manifest.pop("crc32", None) if isinstance(manifest, dict) else None
+        actual = _crc32_of(manifest)
+    except FileNotFoundError as error:
+        what = "a half-written checkpoint" if is_checkpoint(path) else "no checkpoint"
+        raise InputError(f"{path}: {what}: it has no manifest.json; use another one") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or not even text
+        raise InputError(f"{file}: {error}; {_DAMAGED}") from error
+    found = manifest.keys() if isinstance(manifest, dict) else set()
+    for key, known in (("format", FORMAT), ("version", VERSION)):
+        if key in found and manifest[key] != known:
+            raise InputError(f"{file}: {key}={manifest[key]}: this program reads {known}")
+    if missing := {"format", "version", "step", "params", "files"} - found:
+        raise InputError(f"{file}: no {', '.join(sorted(missing))}; {_DAMAGED}")
+    if checksum != actual:
+        raise InputError(f"{file}: its content is not what was written; {_DAMAGED}")
+    return manifest
 
 
 def newest(run: str | Path) -> Path | None:
@@ -129,66 +235,59 @@ def prune(run: str | Path, keep: int) -> None:
 
 
 class Checkpoint:
-    """A checkpoint on disk, checked to be whole; arrays are read when asked for.
+    """A checkpoint on disk, whole as far as names and sizes tell; what is read is checked, byte for byte, before.
 
     .config .step .tokenizer (text of tokenizer.json, or None) .params ({name: ShapeDtypeStruct})
     """
 
     def __init__(self, path: str | Path):
-        """InputError if `path` holds no checkpoint, a half-written one, or one of another format."""
+        """InputError if `path` holds no checkpoint, a half-written one, a damaged one, or one of another format."""
         self.path = path = Path(path).absolute()
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            what = "a half-written checkpoint" if is_checkpoint(path) else "no checkpoint"
-            raise InputError(f"{path}: {what}: it has no manifest.json; use another one") from error
-        except ValueError as error:  # not JSON, or not even text
-            raise InputError(f"{path}/manifest.json: damaged: {error}; use another checkpoint") from error
-        found = manifest.keys() if isinstance(manifest, dict) else set()
-        for key, known in (("format", FORMAT), ("version", VERSION)):
-            if key in found and manifest[key] != known:
-                raise InputError(f"{path}/manifest.json: {key}={manifest[key]}: this program reads {known}")
-        if missing := {"format", "version", "step", "params", "files"} - found:
-            raise InputError(f"{path}/manifest.json: damaged: no {', '.join(sorted(missing))}; use another checkpoint")
-        for name, size in manifest["files"].items():
+        manifest = _read_manifest(path)
+        self._files: dict[str, dict[str, Any]] = manifest["files"]
+        surplus = sorted(name for name in _files_in(path) if name not in self._files and name != "manifest.json")
+        if surplus:
+            raise InputError(f"{path / surplus[0]}: does not belong to the checkpoint; move it away, or {_DAMAGED}")
+        self._unchecked = set(self._files)
+        self._checking = threading.Lock()
+        for name, entry in self._files.items():
             file = path / name
             found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise InputError(
-                    f"{file}: {state}; the checkpoint is damaged, use another one (a run takes the one before when "
-                    f"{path} is deleted)"
-                )
+            if found != entry["bytes"]:
+                state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
+                raise InputError(f"{file}: {state}; {_DAMAGED} (a run takes the one before when {path} is deleted)")
+        self._check(*(name for name in self._files if "/" not in name or ("/c/" not in name and "/d/" not in name)))
         self.step: int = manifest["step"]
         self.config = read_config(path / "config.json")
         tokenizer = path / "tokenizer.json"
         self.tokenizer = tokenizer.read_bytes().decode() if tokenizer.is_file() else None
         self.params = {
-            name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-            for name, (shape, dtype) in manifest["params"].items()
+            name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+            for name, leaf in manifest["params"].items()
         }
+        self._reader = store.Reader(path / "params")
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One parameter, or one layer of a stacked one, as it is on disk; nothing else is read."""
-        files = {"driver": "file", "path": f"{self.path}/params/"}
-        spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": files, "path": name.replace("/", ".")}}
-        array = tensorstore.open(spec, read=True, open=True).result()
-        return np.asarray((array if layer is None else array[layer]).read().result())
+    def _check(self, *names: str) -> None:
+        """Compare files with their checksums, each once; InputError naming the first that is not as it was written."""
+        with self._checking:
+            for name in sorted(self._unchecked.intersection(names)):
+                if f"{_crc32(self.path / name):08x}" != self._files[name]["crc32"]:
+                    raise InputError(f"{self.path / name}: its bytes are not those that were written; {_DAMAGED}")
+                self._unchecked.discard(name)
 
-    @property
-    def leaf_count(self) -> int:
-        """How many `leaves` there are."""
-        return sum(1 if layers is None else len(layers) for _, layers in self._layers())
+    def _check_folder(self, folder: str) -> None:
+        self._check(*(name for name in self._files if name.startswith(folder)))
 
-    def _layers(self) -> Iterator[tuple[str, range | None]]:
-        for name, leaf in self.params.items():
-            yield name, range(leaf.shape[0]) if name.startswith("layers/") else None
+    def read(self, name: str, layer: int | None = None, index: store.Index = ()) -> np.ndarray:
+        """A parameter, one layer of a stacked one, or a part of it, as it is on disk; nothing else is read."""
+        self._check_folder(f"params/{self._reader.folder(name, layer)}")
+        return self._reader.read(name, layer, index)
 
-    def leaves(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
-        """(name, layer, array) of every parameter, stacked ones layer by layer (layer is None for the others)."""
-        for name, layers in self._layers():
-            for layer in (None,) if layers is None else layers:
-                yield name, layer, self.read(name, layer)
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Shape of the parts in which a piece is stored; reading less than one costs as much."""
+        if self._reader.is_database:
+            self._check_folder("params/")
+        return self._reader.chunk(name)
 
     def restore_params(self, abstract: Tree) -> Tree:
         """The parameters as jax.Arrays. `abstract`: tree of ShapeDtypeStructs, with the shardings (and dtypes) wanted.
@@ -212,6 +311,7 @@ class Checkpoint:
         return self._restore("optimizer", abstract)
 
     def _restore(self, part: str, abstract: Any) -> Any:
+        self._check_folder(f"{part}/")
         args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), abstract)
         with _orbax() as checkpointer:
             return checkpointer.restore(self.path / part, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))

@@ -23,17 +23,27 @@ def run(verbs: Verbs, program: str, arguments: Sequence[str]) -> int:
         print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
+        _refuse_other_encodings(arguments[1:])
         _refuse_repeats(arguments[1:])
         verbs[arguments[0]][0](arguments[1:])
     except (InputError, OSError) as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = " (make room and run the same command again)" if is_full else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse_other_encodings(arguments: Sequence[str]) -> None:
+    """The libraries below take paths in UTF-8 only."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{argument!r}: is not UTF-8; rename it") from error
 
 
 def _refuse_repeats(arguments: Sequence[str]) -> None:

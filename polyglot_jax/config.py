@@ -59,16 +59,24 @@ class ModelConfig:
     """Width of the hidden layer of the MLP (d_ff)."""
     context: int = 2048
     """Longest sequence, in tokens."""
+    positions: Literal["rotary", "rotary_interleaved", "learned", "sinusoidal"] = "rotary"
+    """rotary: dimensions i and i + half are a pair; rotary_interleaved: 2i and 2i + 1; the others add a table."""
     rotary_pct: float = 0.5
-    """Share of each head's dimensions that rotary position embedding turns."""
+    """Share of each head's dimensions that rotary position embedding turns; without one, ignored."""
     rotary_base: float = 10_000.0
-    """Base of the rotary frequencies."""
-    residual: Literal["parallel", "sequential"] = "parallel"
-    """parallel: x + attn(ln1(x)) + mlp(ln2(x)); sequential: the MLP sees the attention's output."""
+    """Base of the rotary frequencies; without rotary position embedding, ignored."""
+    embedding_scale: Literal["one", "sqrt_embed"] = "one"
+    """What embeddings of tokens are multiplied by before positions are added: 1, or the root of embed."""
+    residual: Literal["parallel", "parallel_shared", "sequential"] = "parallel"
+    """parallel: x + attn(ln1(x)) + mlp(ln2(x)); parallel_shared: one norm for both; sequential: MLP after attention."""
+    attention_bias: bool = True
+    """Whether the attention's four projections (q, k, v, out) have biases."""
     activation: Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"] = "gelu"
     """Hugging Face's names; plain gelu is the exact (erf) one, the other three gelus are its tanh approximation."""
     tied: bool = False
     """Whether the head is the embedding, transposed."""
+    head_bias: bool = False
+    """Whether the head has a bias, its own even when tied."""
     norm_eps: float = 1e-5
     """Added to the variance in LayerNorm."""
     init_std: float = 0.02
@@ -77,6 +85,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.embed // self.heads
+
+    @property
+    def is_rotary(self) -> bool:
+        return self.positions in ("rotary", "rotary_interleaved")
 
     @property
     def rotary_dims(self) -> int:
@@ -93,20 +105,33 @@ class ModelConfig:
             "heads": self.heads,
             "head_dim": self.head_dim,
             "mlp": self.mlp,
+            "context": self.context,
         }
 
     def parameters(self) -> int:
         """Number of parameters by the closed formula; a test holds it against `eval_shape` of the model."""
         d, f = self.embed, self.mlp
-        attention = 4 * d * d + 4 * d
+        attention = 4 * d * d + (4 * d if self.attention_bias else 0)
         mlp = 2 * d * f + f + d
-        head = 0 if self.tied else self.vocab * d
-        return self.vocab * d + self.layers * (attention + mlp + 4 * d) + 2 * d + head
+        norms = 2 * d if self.residual == "parallel_shared" else 4 * d
+        positions = self.context * d if self.positions == "learned" else 0
+        head = (0 if self.tied else self.vocab * d) + (self.vocab if self.head_bias else 0)
+        return self.vocab * d + positions + self.layers * (attention + mlp + norms) + 2 * d + head
 
     def __post_init__(self) -> None:
         _require_finite("model", self)
         _require_positive("model", self, "vocab", "layers", "embed", "heads", "mlp", "context", "norm_eps", "init_std")
         _require(self.embed % self.heads == 0, "model.heads", self.heads, f"does not divide model.embed={self.embed}")
+        if self.is_rotary:
+            self._check_rotary()
+        _require(
+            self.positions != "sinusoidal" or (self.embed >= 4 and self.embed % 2 == 0),
+            "model.embed",
+            self.embed,
+            "is half sines, half cosines with model.positions=sinusoidal; it must be even and at least 4",
+        )
+
+    def _check_rotary(self) -> None:
         _require(0 < self.rotary_pct <= 1, "model.rotary_pct", self.rotary_pct, "must be above 0 and at most 1")
         _require(
             self.rotary_dims >= 2 and self.rotary_dims % 2 == 0,
@@ -351,6 +376,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return tuple(_typed(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if type(None) in args:
         return None if value is None else _typed(args[0], value, name)
+    _require(type(value) is not int or abs(value) < 2**63, name, value, "is too large a number")
     if hint is float and type(value) is int:
         return float(value)
     _require(type(value) is hint, name, repr(value), f"must be of type {hint.__name__}")
@@ -375,6 +401,15 @@ def _polyglot(layers: int, embed: int, heads: int, rotary_pct: float, *, steps: 
     )
 
 
+def _compared(model: ModelConfig, *, eos_id: int) -> Config:
+    """A model that Polyglot-Ko's cards compare it with. How it was trained was not published: those are defaults."""
+    return Config(
+        model=model,
+        data=DataConfig(eos_id=eos_id),
+        train=TrainConfig(sequence_length=min(2048, model.context)),
+    )
+
+
 PRESETS: dict[str, Config] = {
     # Not a published model: small enough to try everything on a laptop, with 8 heads so that any mesh of 8 divides it.
     "tiny": Config(
@@ -396,4 +431,49 @@ PRESETS: dict[str, Config] = {
     "polyglot-ko-3.8b": _polyglot(32, 3072, 24, 0.5, steps=105_000, batch_size=1024, learning_rate=2e-4),
     "polyglot-ko-5.8b": _polyglot(28, 4096, 16, 0.25, steps=320_000, batch_size=256, learning_rate=1.2e-4),
     "polyglot-ko-12.8b": _polyglot(40, 5120, 40, 0.5, steps=301_000, batch_size=256, learning_rate=1e-4),
+    "ko-gpt-trinity-1.2b": _compared(
+        ModelConfig(
+            vocab=51_200,
+            layers=24,
+            embed=1920,
+            heads=16,
+            mlp=7680,
+            context=1024,
+            positions="learned",
+            residual="sequential",
+            activation="gelu_new",
+            tied=True,
+        ),
+        eos_id=8,
+    ),
+    "kogpt-6b": _compared(
+        ModelConfig(
+            vocab=64_512,
+            layers=28,
+            embed=4096,
+            heads=16,
+            mlp=16_384,
+            positions="rotary_interleaved",
+            rotary_pct=0.25,
+            residual="parallel_shared",
+            attention_bias=False,
+            activation="gelu_new",
+            head_bias=True,
+        ),
+        eos_id=1,
+    ),
+    "xglm-7.5b": _compared(
+        ModelConfig(
+            vocab=256_008,
+            layers=32,
+            embed=4096,
+            heads=32,
+            mlp=16_384,
+            positions="sinusoidal",
+            embedding_scale="sqrt_embed",
+            residual="sequential",
+            tied=True,
+        ),
+        eos_id=2,
+    ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
 
     InputError if something is at `path` (unless `overwrite`, and `is_ours(path)` says that it is the kind of folder
     to be replaced), before anything is written, or if the disk fills; what was at `path` stays until the new one is
-    whole.
+    whole. A process killed between the last two renames leaves it beside, as `path`.replaced, always whole; the next
+    one puts it back.
     """
     path = Path(path).resolve()  # where a link leads: the new folder has to be on that disk
     temporary, old = (path.with_name(f"{path.name}.{state}") for state in ("incomplete", "replaced"))
@@ -27,22 +29,38 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
     if path.is_mount():
         raise InputError(f"{path}: is where a disk is mounted and cannot be replaced; name a folder inside it")
 
+    def is_taken() -> bool:
+        return path.exists() and any(path.iterdir())
+
     def check() -> None:
-        if path.exists() and any(path.iterdir()):
+        if is_taken():
             if not overwrite:
                 raise InputError(f"{path}: exists; choose another place, or replace it with --overwrite")
             # So that a slip of the pen deletes nobody's home.
             if not is_ours(path):
                 raise InputError(f"{path}: was not made by this command; remove it yourself, or choose another place")
 
+    def delete_old() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        old.rename(temporary)
+        for name in ("manifest.json", "config.json"):  # without them nothing loads what is being deleted
+            (temporary / name).unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    if old.exists():
+        if not is_ours(old):
+            raise InputError(f"{old}: is in the way and was not made by this command; move it away")
+        if not is_taken():
+            old.rename(path)
     check()
     try:
+        if old.exists():
+            delete_old()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         check()  # again: somebody may have put something there meanwhile
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # left there by a process that was killed
+        if is_taken():
             path.rename(old)
         temporary.rename(path)
     except BaseException as error:
@@ -57,7 +75,15 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
                 shutil.rmtree(temporary, ignore_errors=True)
             raise InputError(f"{path}: the disk is full, nothing was written there; make room and retry") from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        delete_old()
+
+
+def write_checksums(folder: Path, files: dict[str, dict[str, int]]) -> None:
+    """Write checksums.json: the CRC-32 of every tensor's bytes, by file and name, for whoever wants to compare."""
+    sums = {file: {name: f"{value:08x}" for name, value in tensors.items()} for file, tensors in files.items()}
+    text = json.dumps({"algorithm": "crc32", "files": sums}, indent=1) + "\n"
+    (folder / "checksums.json").write_text(text, encoding="utf-8")
 
 
 def read_config(file: str | Path) -> Config:

@@ -1,150 +1,162 @@
-"""Hugging Face model folders: config.json, safetensors in one file or shards, tokenizer files.
+"""Hugging Face model folders: config.json, weights in one file or shards, tokenizer files.
 
-Read and written tensor by tensor: memory stays at a few tensors however large the model.
+Weights are read from safetensors, or from PyTorch's .bin where there are none; written as safetensors. Both go by
+views of mapped files and by slabs of a tensor: memory does not grow with the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from polyglot_jax import names
+from polyglot_jax import names, safetensors_files, store, torch_files
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.files import new_folder
+from polyglot_jax.files import new_folder, write_checksums
+from polyglot_jax.names import Tensor
+from polyglot_jax.parallel import in_order
+from polyglot_jax.safetensors_files import DTYPES, SafetensorsFile
+from polyglot_jax.source import Renamed, Source, Stored
 from polyglot_jax.tokenizer import END
 
-# numpy dtype -> (its code in a safetensors header, its name in config.json)
-_DTYPES = {
-    np.dtype(np.float32): ("F32", "float32"),
-    np.dtype(np.float16): ("F16", "float16"),
-    np.dtype(ml_dtypes.bfloat16): ("BF16", "bfloat16"),
-}
+# In the order transformers looks for them; an index ends in .index.json.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def is_hf_folder(path: str | Path) -> bool:
     """Whether `path` has a config.json of Hugging Face's kind (one of ours names no model_type)."""
     try:
         return "model_type" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
-class HfFolder:
-    """A folder with config.json and safetensors. .config .tokenizer (text of tokenizer.json, or None)"""
+class HfFolder(Renamed):
+    """A folder with config.json and weights, under our names (see `source.Renamed`)."""
 
     def __init__(self, path: str | Path):
         """InputError naming the file if something is missing, damaged, unknown or of the wrong shape."""
-        self.path = Path(path)
-        self.config = names.config_from_theirs(self._json("config.json"), source=str(self.path / "config.json"))
-        tokenizer = self.path / "tokenizer.json"
-        self.tokenizer = tokenizer.read_bytes().decode() if tokenizer.is_file() else None
-        self._files = self._where()
-        self._check()
-
-    def _json(self, name: str) -> Any:
+        path = Path(path)
+        theirs = _json(path / "config.json")
+        config = names.config_from_theirs(theirs, source=str(path / "config.json"))
+        tokenizer = path / "tokenizer.json"
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{self.path / name}: missing; is {self.path} a Hugging Face model folder?") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path / name}: not JSON: {error}") from error
+            self.tokenizer = tokenizer.read_bytes().decode() if tokenizer.is_file() else None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{tokenizer}: not a tokenizer.json, not even UTF-8; fetch it again") from error
+        files, index = _find(path)
+        self._views: dict[str, Any] = {}
+        stored: dict[str, Stored] = {}
+        for file in files:
+            opened = _BinFile(file) if file.suffix == ".bin" else SafetensorsFile(file)
+            for key, (shape, kind, *_) in opened.table.items():
+                if key in stored:
+                    raise InputError(f"{file}: {key} is in {stored[key].file} too; one of the two does not belong here")
+                stored[key] = Stored(shape, DTYPES.get(kind), kind, str(file))
+                self._views[key] = opened.view
+        for key, name in index.items():
+            if key not in stored or Path(stored[key].file).name != name:
+                raise InputError(f"{path / name}: {key} is missing, though the index names it; fetch both again")
+        super().__init__(path, config, stored)
+        said, found = theirs.get("dtype") or theirs.get("torch_dtype"), self.params["embed/kernel"].dtype.name
+        if said not in (None, "auto", found):
+            self.notes.append(f"config.json says {said}, the weights are {found}, and that is what they stay")
 
-    def _where(self) -> dict[str, Path]:
-        """Key -> the file that holds it."""
-        if (self.path / "model.safetensors.index.json").is_file():
-            index = self._json("model.safetensors.index.json")
-            try:
-                return {key: self.path / name for key, name in index["weight_map"].items()}
-            except (AttributeError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{self.path}/model.safetensors.index.json: no weight_map of file names; fetch it again"
-                ) from error
-        file = self.path / "model.safetensors"
-        if not file.is_file():
-            raise InputError(f"{self.path}: has neither model.safetensors nor model.safetensors.index.json")
-        with self._open(file) as tensors:
-            return dict.fromkeys(tensors.keys(), file)
+    def theirs(self, key: str) -> np.ndarray:
+        """A tensor as a view of its file."""
+        return self._views[key](key)
 
-    def _open(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="np")
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: missing, though model.safetensors.index.json names it") from error
-        except SafetensorError as error:
-            raise InputError(f"{file}: damaged or not safetensors: {error}; fetch it again") from error
 
-    def _check(self) -> None:
-        expected = {tensor.key: tensor.shape for tensor in names.tensors(self.config.model)}
-        missing = sorted(expected.keys() - self._files.keys())
-        if missing:
-            raise InputError(f"{self.path}: {missing[0]} is missing, and {len(missing) - 1} more tensors")
-        extra = sorted(
-            key for key in self._files.keys() - expected.keys() if not names.is_dropped(key, self.config.model)
-        )
-        if extra:
-            raise InputError(f"{self.path}: {extra[0]} belongs to no weight of this model ({len(extra)} such tensors)")
-        for file in sorted(set(self._files.values())):
-            with self._open(file) as tensors:
-                there = set(tensors.keys())
-                for key in (key for key, place in self._files.items() if place == file and key in expected):
-                    if key not in there:
-                        raise InputError(f"{file}: {key} is missing, though model.safetensors.index.json names it")
-                    shape = tuple(tensors.get_slice(key).get_shape())
-                    if shape != expected[key]:
-                        raise InputError(
-                            f"{file}: {key} has shape {shape}; config.json makes it {expected[key]}: not the same model"
-                        )
+class _BinFile:
+    """A state dict of PyTorch, with the interface of a SafetensorsFile."""
 
-    @property
-    def leaf_count(self) -> int:
-        """How many `leaves` there are."""
-        return sum(len(tensor.paths) for tensor in names.tensors(self.config.model))
+    def __init__(self, path: Path):
+        self._tensors = torch_files.load(path)
+        if not isinstance(self._tensors, dict) or not all(map(torch_files.is_tensor, self._tensors.values())):
+            raise InputError(f"{path}: holds more than tensors by name, so it is no model's weights")
+        kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        self.table = {}
+        for key, tensor in self._tensors.items():
+            kind = torch_files.kind(tensor)
+            self.table[str(key)] = (tuple(tensor.shape), kinds.get(kind, kind))
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One parameter of ours, or one layer of a stacked one, in the file's dtype."""
-        tensor = next(t for t in names.tensors(self.config.model) if name in t.paths and t.layer == layer)
-        with self._open(self._files[tensor.key]) as tensors:
-            return tensor.to_ours(tensors.get_tensor(tensor.key))[tensor.paths.index(name)]
+    def view(self, key: str) -> np.ndarray:
+        return torch_files.to_numpy(self._tensors[key])
 
-    def leaves(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
-        """(our name, layer or None, array in the file's dtype) of every parameter, in the order of the files."""
-        for tensor in names.tensors(self.config.model):
-            with self._open(self._files[tensor.key]) as tensors:
-                ours = tensor.to_ours(tensors.get_tensor(tensor.key))
-            yield from ((name, tensor.layer, array) for name, array in zip(tensor.paths, ours, strict=True))
+
+def _json(file: Path) -> Any:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: missing; is {file.parent} a Hugging Face model folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: not an object of fields")
+    return value
+
+
+def _find(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of weights; key -> name of the file that holds it, as the index says, where there is one."""
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise InputError(f"{path}: has no weights: none of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found], {}
+    where = _json(found).get("weight_map")
+    # A name with a folder in it could lead anywhere.
+    if not where or not isinstance(where, dict) or not all(n == Path(str(n)).name for n in where.values()):
+        raise InputError(f"{found}: no weight_map of file names; fetch it again")
+    return [path / name for name in sorted(set(where.values()))], where
 
 
 def write(
     path: str | Path,
-    config: Config,
-    read: Callable[[str, int | None], np.ndarray],
-    dtype: Any,
-    tokenizer: str | None = None,
+    source: Source,
+    dtype: Any = None,
     *,
     shard_bytes: int = 10**9,
     overwrite: bool = False,
-) -> None:
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer open.
+) -> dict[str, int]:
+    """Write the weights, config and tokenizer of `source` as AutoModelForCausalLM and AutoTokenizer open them.
 
-    `read(name, layer)` gives our parameters one at a time; all are of `dtype`. The folder appears when it is whole;
-    InputError if it exists (unless `overwrite`).
+    dtype: float32, float16 or bfloat16; None: of each parameter its own. The folder appears when it is whole;
+    InputError if it exists (unless `overwrite`). Returns how many values of which tensors are infinite or NaN.
     """
-    dtype = np.dtype(dtype)
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype={dtype}: Hugging Face folders are written in float32, float16 or bfloat16")
+    tensors = [
+        (tensor, np.dtype(dtype or source.params[tensor.paths[0]].dtype))
+        for tensor in names.tensors(source.config.model)
+    ]
+    sizes = Counter()
+    for tensor, kind in tensors:
+        if kind not in DTYPES.values():
+            raise InputError(f"dtype={kind}: Hugging Face folders are written in float32, float16 or bfloat16")
+        sizes[kind.name] += _bytes(tensor, kind)
+    config = names.config_to_theirs(source.config, sizes.most_common(1)[0][0])
     with new_folder(path, is_hf_folder, overwrite=overwrite) as folder:
-        _write_shards(folder, list(names.tensors(config.model)), read, dtype, shard_bytes)
-        _dump(folder / "config.json", names.config_to_theirs(config, _DTYPES[dtype][1]))
-        _dump(folder / "generation_config.json", {"_from_model_config": True, "eos_token_id": config.data.eos_id})
-        if tokenizer is not None:
-            _write_tokenizer(folder, config, tokenizer)
+        non_finite = _write_shards(folder, source, tensors, shard_bytes)
+        if source.tokenizer is not None:
+            _write_tokenizer(folder, source.config, source.tokenizer)
+        _dump(
+            folder / "generation_config.json", {"_from_model_config": True, "eos_token_id": source.config.data.eos_id}
+        )
+        _dump(folder / "config.json", config)  # with it the folder is a model, so it comes last
+    return non_finite
+
+
+def _bytes(tensor: Tensor, dtype: np.dtype) -> int:
+    return math.prod(tensor.shape) * dtype.itemsize
 
 
 def _dump(file: Path, value: Any) -> None:
@@ -171,46 +183,47 @@ def _write_tokenizer(path: Path, config: Config, tokenizer: str) -> None:
 
 
 def _write_shards(
-    path: Path,
-    tensors: list[names.Tensor],
-    read: Callable[[str, int | None], np.ndarray],
-    dtype: np.dtype,
-    shard_bytes: int,
-) -> None:
-    """Files of at most `shard_bytes` (or one tensor), and the index when there are several."""
-    sizes = [int(np.prod(tensor.shape)) * dtype.itemsize for tensor in tensors]
-    shards: list[list[int]] = [[]]
-    for i, size in enumerate(sizes):
-        if shards[-1] and sum(sizes[j] for j in shards[-1]) + size > shard_bytes:
+    path: Path, source: Source, tensors: list[tuple[Tensor, np.dtype]], shard_bytes: int
+) -> dict[str, int]:
+    """Files of at most `shard_bytes` (or one tensor), and the index when there are several; returns as `write`."""
+    total = sum(_bytes(*tensor) for tensor in tensors)
+    shards: list[list[tuple[Tensor, np.dtype]]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(_bytes(*other) for other in shards[-1]) + _bytes(*tensor) > shard_bytes:
             shards.append([])
-        shards[-1].append(i)
-    weight_map = {}
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=f"writing {path.stem}") as progress:
+        shards[-1].append(tensor)
+    weight_map, checksums = {}, {}
+    non_finite: Counter[str] = Counter()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.stem}") as progress:
         for number, shard in enumerate(shards, 1):
             several = len(shards) > 1
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
-            with open(path / file, "wb") as out:
-                out.write(_header([tensors[i] for i in shard], dtype))
-                for i in shard:
-                    array = tensors[i].to_theirs([read(name, tensors[i].layer) for name in tensors[i].paths])
-                    if array.dtype != dtype or array.shape != tensors[i].shape:
-                        raise ValueError(f"{tensors[i].key}: {array.dtype}{array.shape}, not {dtype}{tensors[i].shape}")
-                    # Bytes, because NumPy's own file writing does not know bfloat16.
-                    out.write(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
-                    weight_map[tensors[i].key] = file
-                    progress.update(sizes[i])
+            table = [(tensor.key, tensor.shape, dtype) for tensor, dtype in shard]
+            values = _slabs(source, shard, progress, non_finite)
+            checksums[file] = safetensors_files.write(path / file, table, values)
+            weight_map |= {tensor.key: file for tensor, _ in shard}
     if len(shards) > 1:
-        _dump(path / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        _dump(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_checksums(path, checksums)
+    return dict(non_finite)
 
 
-def _header(tensors: list[names.Tensor], dtype: np.dtype) -> bytes:
-    """The start of a safetensors file: u64 length, then JSON of dtype, shape and byte range, padded to 8 bytes."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + int(np.prod(tensor.shape)) * dtype.itemsize
-        table[tensor.key] = {"dtype": _DTYPES[dtype][0], "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _slabs(
+    source: Source, shard: list[tuple[Tensor, np.dtype]], progress: tqdm, non_finite: Counter[str]
+) -> Iterator[np.ndarray]:
+    """The values of a shard's tensors, slab by slab, read ahead by a few threads; counts infs and NaNs by key."""
+
+    def read(item: tuple[Tensor, int | None, np.dtype, tuple[slice, ...]]) -> tuple[str, np.ndarray, int]:
+        tensor, layer, dtype, index = item
+        values = tensor.to_theirs([source.read(name, layer, index) for name in tensor.paths])
+        values = store.rounded(values, dtype)
+        return tensor.key, values, store.count_non_finite(values)
+
+    items = (
+        (slab, tensor.layer, dtype, index) for tensor, dtype in shard for slab, index in tensor.slabs(source.chunk)
+    )
+    for key, array, count in in_order(read, items):
+        yield array
+        progress.update(array.nbytes)
+        if count:
+            non_finite[key] += count

@@ -1,15 +1,17 @@
-"""The Transformer: GPT-NeoX in Flax Linen, as pure `init` and `apply` over a plain tree of arrays.
+"""The Transformer: GPT-NeoX, GPT-2, GPT-J and XGLM in Flax Linen, pure `init` and `apply` over a plain tree of arrays.
 
 Shapes: B batch, T new tokens, S cache slots, D width (embed), H heads, K head dimensions, V vocabulary.
 Every weight is declared once, by the names of its axes; sizes come from the config by those names. The model knows no
 mesh, no disk and not whether it trains or decodes.
 
-Forward pass after Hugging Face's modeling_gpt_neox.py and GPT-NeoX's megatron/model/transformer.py.
+Forward pass after Hugging Face's modeling_gpt_neox.py, _gpt2.py, _gptj.py and _xglm.py, and GPT-NeoX's
+megatron/model/transformer.py. What tells the four apart is `ModelConfig`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -35,16 +37,31 @@ def activate(name: str, x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=name in _TANH_GELU)
 
 
-def rotate(x: jax.Array, positions: jax.Array, dims: int, base: float) -> jax.Array:
-    """Rotary position embedding, halves form, on the first `dims` of each head. x: [B, T, H, K]; positions: [B, T].
+def rotate(x: jax.Array, positions: jax.Array, dims: int, base: float, interleaved: bool) -> jax.Array:
+    """Rotary position embedding on the first `dims` of each head. x: [B, T, H, K]; positions: [B, T].
 
-    Pair i (dimensions i and i + dims/2) turns by position * base^(-2i/dims); angles are float32.
+    Pair i turns by position * base^(-2i/dims): dimensions i and i + dims/2 or, interleaved (GPT-J's form), 2i and
+    2i + 1. Angles are float32.
     """
     frequencies = base ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    first, second, rest = jnp.split(x, (dims // 2, dims), axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
+    turned, rest = jnp.split(x, (dims,), axis=-1)
+    pairs, axis = ((dims // 2, 2), -1) if interleaved else ((2, dims // 2), -2)
+    first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], *pairs), axis, 0)
+    turned = jnp.stack((first * cos - second * sin, second * cos + first * sin), axis).reshape(turned.shape)
+    return jnp.concatenate((turned, rest), axis=-1)
+
+
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+    """XGLM's position embedding, computed: int[B, T] -> float32[B, T, width], sines in the first half, then cosines.
+
+    Position p is row p + 2 of its table, and frequency i of n is 10000^(-i / (n - 1)).
+    """
+    half = width // 2
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10_000) / (half - 1)))
+    angles = (positions + 2)[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)
 
 
 class _Named(struct.PyTreeNode, meta.AxisMetadata):
@@ -98,25 +115,27 @@ class Linear(_Part):
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     std: float = 0.02
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight("kernel", self.inputs + self.outputs, nn.initializers.normal(self.std))
-        bias = self.weight("bias", self.outputs, nn.initializers.zeros)
         y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
-        return y + bias.astype(self.dtype)
+        if self.use_bias:
+            y += self.weight("bias", self.outputs, nn.initializers.zeros).astype(self.dtype)
+        return y
 
 
 class Attention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
+        linear = functools.partial(self.part, Linear, use_bias=config.attention_bias)
         per_head = {"inputs": ("embed",), "outputs": ("heads", "head_dim"), "std": config.init_std}
-        q = self.part(Linear, **per_head, name="q")(x)
-        k = self.part(Linear, **per_head, name="k")(x)
-        v = self.part(Linear, **per_head, name="v")(x)
-        q = rotate(q, positions, config.rotary_dims, config.rotary_base)
-        k = rotate(k, positions, config.rotary_dims, config.rotary_base)
+        q, k, v = (linear(**per_head, name=name)(x) for name in "qkv")
+        if config.is_rotary:
+            rotary = (positions, config.rotary_dims, config.rotary_base, config.positions == "rotary_interleaved")
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = (constrain(y, "batch", "length", "heads", "head_dim") for y in (q, k, v))
         if cache is None:
             y = attention.causal(q, k, v)
@@ -128,7 +147,7 @@ class Attention(_Part):
             }
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
         std = config.init_std / math.sqrt(2 * config.layers)
-        return self.part(Linear, inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
+        return linear(inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
 
 
 class MLP(_Part):
@@ -144,25 +163,40 @@ class MLP(_Part):
 class Layer(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        attended, cache = self.part(Attention, name="attention")(
-            self.part(LayerNorm, name="attention_norm")(x), positions, cache
-        )
+        normed = self.part(LayerNorm, name="attention_norm")(x)
+        attended, cache = self.part(Attention, name="attention")(normed, positions, cache)
         middle = x + attended
-        seen = x if self.config.residual == "parallel" else middle
-        y = middle + self.part(MLP, name="mlp")(self.part(LayerNorm, name="mlp_norm")(seen))
+        if self.config.residual != "parallel_shared":
+            normed = self.part(LayerNorm, name="mlp_norm")(x if self.config.residual == "parallel" else middle)
+        y = middle + self.part(MLP, name="mlp")(normed)
         return constrain(y, "batch", "length", "features"), cache
 
 
 class Embedding(_Part):
+    """A table with a row of width D for each id along `axis`."""
+
+    axis: str = "vocab"
+
     def setup(self) -> None:
-        self.kernel = self.weight("kernel", ("vocab", "embed"), nn.initializers.normal(self.config.init_std))
+        self.kernel = self.weight("kernel", (self.axis, "embed"), nn.initializers.normal(self.config.init_std))
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array) -> jax.Array:
         # Rows are gathered whole: from a table split along its width, XLA would copy the result to every device first.
-        return constrain(self.kernel.astype(self.dtype), "vocab", "features")[tokens]
+        return constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,vd->...v", x, self.kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+class Head(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: Embedding) -> jax.Array:
+        """[..., D] -> float32[..., V]; the kernel is that of `embedding` where the two are tied."""
+        config = self.config
+        kernel = embedding.kernel
+        if not config.tied:
+            kernel = self.weight("kernel", ("vocab", "embed"), nn.initializers.normal(config.init_std))
+        logits = jnp.einsum("...d,vd->...v", x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        if config.head_bias:
+            logits += self.weight("bias", ("vocab",), nn.initializers.zeros).astype(jnp.float32)
+        return logits
 
 
 class Transformer(nn.Module):
@@ -188,6 +222,8 @@ class Transformer(nn.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             layer = nn.remat(Layer, policy=policy, prevent_cse=False)
         self.embed = Embedding(*parts)
+        if self.config.positions == "learned":
+            self.positions = Embedding(*parts, axis="context")
         if self.is_initializing() or self.has_variable("params", "layers"):
             self.layers = nn.scan(
                 layer,
@@ -200,8 +236,7 @@ class Transformer(nn.Module):
         else:
             self.layer = [layer(*parts) for _ in range(self.config.layers)]
         self.final_norm = LayerNorm(*parts)
-        if not self.config.tied:
-            self.head = Embedding(*parts)
+        self.head = Head(*parts)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Params:
         """As `flax.linen.Module.init`, over plain arrays (axis names: `axes`)."""
@@ -228,7 +263,7 @@ class Transformer(nn.Module):
         with self._products():
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            x = constrain(self.embed(tokens), "batch", "length", "features")
+            x = constrain(self._embedded(tokens, positions), "batch", "length", "features")
             if hasattr(self, "layers"):
                 if cache is not None:
                     raise ValueError("a cache needs split layers: apply with split_layers(params)")
@@ -242,11 +277,20 @@ class Transformer(nn.Module):
                 cache = tuple(new) if cache is not None else None
             return self.final_norm(x), cache
 
+    def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        if self.config.embedding_scale == "sqrt_embed":
+            x *= math.sqrt(self.config.embed)
+        if self.config.positions == "learned":
+            x += self.positions(positions)
+        if self.config.positions == "sinusoidal":
+            x += sinusoids(positions, self.config.embed).astype(x.dtype)
+        return x
+
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V], rows of padding included, as in GPT-NeoX."""
         with self._products():
-            head = self.embed if self.config.tied else self.head
-            logits = head.logits(x)
+            logits = self.head(x, self.embed)
             return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:

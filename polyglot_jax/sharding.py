@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "context": (),
     # activations
     "batch": ("data", "fsdp"),
     "length": (),

@@ -90,7 +90,7 @@ class Tokenizer:
     @cached_property
     def valid_ids(self) -> int:
         """One more than the highest id: 30,003 for Polyglot-Ko."""
-        return max(self.vocabulary.values()) + 1
+        return max(self.vocabulary.values(), default=-1) + 1
 
     @property
     def vocabulary(self) -> dict[str, int]:

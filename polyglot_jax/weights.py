@@ -1,13 +1,12 @@
 """Opens whatever holds weights, and puts them on devices: a checkpoint or run of ours, a Hugging Face folder or name.
 
-Every source has .config, .tokenizer (the text of a tokenizer.json, or None) and .leaves(), an iterator over
-(name, layer or None, NumPy array). What is built from it, a stacked or a split tree, is decided here and nowhere else.
+Every source is a `source.Source`. What is built from it, a stacked or a split tree, is decided here and nowhere else.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,21 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from polyglot_jax import checkpoint, hf_folder
+from polyglot_jax import checkpoint, hf_folder, store
 from polyglot_jax.checkpoint import Checkpoint, flatten, unflatten
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Params, Transformer
+from polyglot_jax.parallel import in_order
 from polyglot_jax.sharding import shardings
+from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import Tokenizer
-
-_HUB_FILES = (
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-)
 
 
 def open_source(path: str | Path) -> Checkpoint | HfFolder:
-    """A checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a name on the hub (downloaded once).
+    """A checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a name on the hub (see `hub.download`).
 
-    InputError if `path` is none of these.
+    InputError if `path` is none of these, or cannot be had.
     """
     local = Path(path)
     if local.exists():
@@ -48,69 +41,74 @@ def open_source(path: str | Path) -> Checkpoint | HfFolder:
         if hf_folder.is_hf_folder(local):
             return HfFolder(local)
         raise InputError(f"{path}: neither a checkpoint, nor a run with one, nor a Hugging Face model folder")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    from polyglot_jax import hub  # here, because huggingface_hub takes a while to import
+
+    if not hub.is_hub_name(str(path)):
         raise InputError(f"{path}: no such folder (and not a name like EleutherAI/polyglot-ko-1.3b)")
-    return HfFolder(_download(str(path)))
+    return HfFolder(hub.download(str(path)))
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: no such folder here, and the hub did not give it: {reason}") from error
-
-
-def read_tokenizer(source: Checkpoint | HfFolder) -> tuple[Config, Tokenizer | None]:
+def read_tokenizer(source: Source) -> tuple[Config, Tokenizer | None]:
     """The source's tokenizer and its config with what the tokenizer says of the ids; InputError if they disagree."""
     if source.tokenizer is None:
         return source.config, None
-    tokenizer = Tokenizer(source.tokenizer, origin=f"{source.path}/tokenizer.json")
+    file = f"{source.path}/tokenizer.json"
+    tokenizer = Tokenizer(source.tokenizer, origin=file)
     eos = tokenizer.special.get("<|endoftext|>", source.config.data.eos_id)
-    return source.config.with_tokenizer(tokenizer.valid_ids, eos), tokenizer
+    try:
+        return source.config.with_tokenizer(tokenizer.valid_ids, eos), tokenizer
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
-def stacked(
-    source: Checkpoint | HfFolder, dtype: Any = None, *, progress: bool = True
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every parameter, layers stacked, each as soon as its last layer was read."""
-    layers = source.config.model.layers
-    stacks: dict[str, np.ndarray] = {}
-    for name, layer, array in _shown(source, progress):
-        if layer is None:
-            yield name, array if dtype is None else array.astype(dtype)
-        else:
-            if name not in stacks:
-                stacks[name] = np.empty((layers, *array.shape), dtype or array.dtype)
-            stacks[name][layer] = array
-            if layer == layers - 1:
-                yield name, stacks.pop(name)
-
-
-def load_params(source: Checkpoint | HfFolder, mesh: Mesh | None, dtype: Any = None, *, split: bool) -> Params:
-    """The source's parameters as jax.Arrays, laid out on `mesh` (None: the first device), one leaf at a time.
+def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool) -> Params:
+    """The source's parameters as jax.Arrays, laid out on `mesh` (None: the first device), a layer at a time.
 
     dtype: of the result (None: the source's own). split: a subtree for each layer, as decoding wants; else stacked.
+    Of files, only what the devices of this process need is read.
     """
     axes = flatten(Transformer(source.config.model).axes())
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.params.values())
+    leaves: dict[str, jax.Array] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}") as progress:
 
-    def place(array: np.ndarray, names: tuple[str, ...]) -> jax.Array:
-        target = jax.devices()[0] if mesh is None else shardings(mesh, names)
-        return jax.device_put(np.ascontiguousarray(array, dtype), target)
+        def place(name: str, layer: int | None) -> jax.Array:
+            names = axes[name] if layer is None else axes[name][1:]
+            where = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shardings(mesh, names)
+            array = _place(source, name, layer, where, dtype)
+            progress.update(math.prod(array.shape) * source.params[name].dtype.itemsize)
+            return array
 
-    if not split:
-        return unflatten({name: place(array, axes[name]) for name, array in stacked(source, dtype)})
-    return unflatten(
-        {
-            name.replace("layers/", f"layer_{layer}/"): place(array, axes[name][layer is not None :])
-            for name, layer, array in _shown(source, True)
-        }
+        if split:
+            pieces = list(store.pieces(source.params))
+            for (name, layer), array in zip(pieces, in_order(lambda piece: place(*piece), pieces), strict=True):
+                leaves[name if layer is None else name.replace("layers/", f"layer_{layer}/")] = array
+        else:
+            leaves = {name: place(name, None) for name in source.params}
+    return unflatten(leaves)
+
+
+def _place(source: Source, name: str, layer: int | None, where: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+    """A parameter, or one layer of it, laid out as `where` says."""
+    leaf = source.params[name]
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    whole = layer is None and store.is_stacked(name)
+
+    @functools.cache  # devices that hold the same part share it
+    def part(*region: tuple[int, int]) -> np.ndarray:
+        index = tuple(slice(*ends) for ends in region)
+        values = np.empty([stop - start for start, stop in region], dtype or leaf.dtype)
+
+        def fill(number: int) -> None:
+            values[number - region[0][0]] = source.read(name, number, index[1:])
+
+        if whole:
+            for _ in in_order(fill, range(*region[0])):
+                pass
+        else:
+            values[...] = source.read(name, layer, index)
+        return values
+
+    return jax.make_array_from_callback(
+        shape, where, lambda index: part(*(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)))
     )
-
-
-def _shown(source: Checkpoint | HfFolder, progress: bool) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    return iter(tqdm(source.leaves(), total=source.leaf_count, desc=f"reading {source.path.name}", unit="leaf",
-                     disable=not progress))  # fmt: skip

@@ -20,3 +20,8 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared: the real tokenizer and corpora are not part of the project")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mutations", type=int, help="cases of random damage in test_faults.py, instead of the usual")
+    parser.addoption("--mutation-seed", type=int, default=0, help="number of the first of these cases")

@@ -1,14 +1,10 @@
-"""Small random models for the tests, as Hugging Face tensors, as `transformers` models and as trees of ours."""
-
-import json
+"""Small random models for the tests, as Hugging Face tensors and as trees of ours. Nothing here needs torch."""
 
 import numpy as np
-import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from polyglot_jax import names
 from polyglot_jax.checkpoint import flatten, unflatten
-from polyglot_jax.config import Config, ModelConfig
+from polyglot_jax.config import ModelConfig
 from polyglot_jax.tokenizer import Tokenizer, train_tokenizer
 
 KOREAN = (
@@ -30,19 +26,25 @@ def model_config(**changes) -> ModelConfig:
     return ModelConfig(**{"vocab": 512, "layers": 2, "embed": 64, "heads": 4, "mlp": 96, "context": 128} | changes)
 
 
+def family_model(family: str, **changes) -> ModelConfig:
+    """A small architecture of a family of Hugging Face's."""
+    fixed = {field.removeprefix("model."): value for field, value in names.family(family).FIXED.items()}
+    return model_config(**fixed | changes)
+
+
 def random_tensors(model: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """float32 tensors under Hugging Face's names. Biases and LayerNorms are far from 0 and 1, so that they matter."""
     rng = np.random.default_rng(seed)
 
-    def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
         noise = rng.standard_normal(shape, np.float32)
-        if key.endswith("bias"):
+        if path.endswith("bias"):
             return 0.3 * noise
-        if "norm" in key:
+        if path.endswith("scale"):
             return 1 + 0.3 * noise
         return noise / np.float32(np.sqrt(shape[-1]))
 
-    return {tensor.key: values(tensor.key, tensor.shape) for tensor in names.tensors(model)}
+    return {tensor.key: values(tensor.paths[0], tensor.shape) for tensor in names.tensors(model)}
 
 
 def to_ours(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict:
@@ -69,21 +71,8 @@ def random_params(model: ModelConfig, seed: int) -> dict:
     return to_ours(model, random_tensors(model, seed))
 
 
-def transformers_model(theirs: GPTNeoXConfig, seed: int) -> tuple[GPTNeoXForCausalLM, Config, dict[str, np.ndarray]]:
-    """A random model of transformers', our config as read from theirs, and the weights."""
-    theirs._attn_implementation = "eager"
-    config = names.config_from_theirs(json.loads(theirs.to_json_string()))
-    tensors = random_tensors(config.model, seed)
-    model = GPTNeoXForCausalLM(theirs).eval()
-    state = {key: torch.from_numpy(array.copy()) for key, array in tensors.items()}
-    # In memory, unlike in their files, the head is lm_head; a tied one is there too.
-    state["lm_head.weight"] = state.pop("embed_out.weight", state["gpt_neox.embed_in.weight"])
-    model.load_state_dict(state)
-    return model, config, tensors
-
-
-def off_by(ours, theirs) -> float:
-    """Largest difference, as a share of the reference's largest value."""
+def off_by(ours, theirs, scale=None) -> float:
+    """Largest difference, as a share of the largest value of `scale` (of the reference, if there is none)."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return float(np.abs(ours - theirs).max() / np.abs(theirs if scale is None else scale).max())

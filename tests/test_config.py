@@ -67,7 +67,11 @@ BAD_VALUES = [
     ("model", "layers", True, "model.layers=True", "type int"),
     ("model", "tied", 1, "model.tied=1", "type bool"),
     ("model", "norm_eps", "small", "model.norm_eps='small'", "type float"),
-    ("model", "residual", "both", "model.residual='both'", "'parallel', 'sequential'"),
+    ("model", "residual", "both", "model.residual='both'", "'parallel', 'parallel_shared', 'sequential'"),
+    ("model", "positions", "alibi", "model.positions='alibi'", "'rotary', 'rotary_interleaved', 'learned', 'sinus"),
+    ("model", "embedding_scale", 8.0, "model.embedding_scale=8.0", "'one', 'sqrt_embed'"),
+    ("model", "attention_bias", 1, "model.attention_bias=1", "type bool"),
+    ("model", "head_bias", "yes", "model.head_bias='yes'", "type bool"),
     ("model", "activation", "swish", "model.activation='swish'", "'gelu'"),
     ("data", "paths", "corpus", "data.paths='corpus'", "must be a list"),
     ("data", "paths", ["a", 2], "data.paths[1]=2", "type str"),
@@ -165,6 +169,20 @@ def test_heads_must_divide_the_width(embed, heads, divides):
     else:
         with pytest.raises(InputError, match=f"^model.heads={heads}: does not divide model.embed={embed}$"):
             ModelConfig(embed=embed, heads=heads)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_rotary_settings_are_nothing_to_a_model_without(positions):
+    ModelConfig(embed=12, heads=4, positions=positions, rotary_pct=0.0, rotary_base=0.5)
+    with pytest.raises(InputError, match=r"^model\.rotary_pct=0\.0"):
+        ModelConfig(embed=12, heads=4, positions="rotary_interleaved", rotary_pct=0.0)
+
+
+@pytest.mark.parametrize("embed", [2, 15])
+def test_sinusoids_need_an_even_width(embed):
+    with pytest.raises(InputError, match=f"^model.embed={embed}: is half sines.* must be even and at least 4$"):
+        ModelConfig(embed=embed, heads=1, positions="sinusoidal")
+    assert ModelConfig(embed=embed, heads=1, positions="learned").embed == embed
 
 
 def test_with_tokenizer_takes_what_the_tokenizer_says():
@@ -321,13 +339,15 @@ def test_the_program_itself_exits_with_status_1_and_no_traceback(tmp_path):
 # A room imports only from rooms on lower floors. A package is one room; what lies inside may import each other.
 FLOORS = [
     {"config", "families"},
-    {"cli", "files", "names", "sharding", "attention", "hardware", "token_files", "tokenizer"},
-    {"model", "optimizer", "data", "log"},
+    {"attention", "cli", "files", "hardware", "hub", "names", "parallel", "sharding", "store", "tokenizer"}
+    | {"safetensors_files", "token_files", "torch_files"},
+    {"model", "optimizer", "data", "log", "source"},
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
     {"report", "generate", "prepare"},
     {"train", "language_model"},
-    {"convert", "experiments"},
+    {"convert"},
+    {"experiments"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -400,6 +420,13 @@ def test_presets_are_named_alike_everywhere_and_carry_the_published_recipes():
     assert typing.get_args(main._PresetName) == tuple(PRESETS)
     recipes = {name: (c.train.batch_size, c.train.steps, c.model.context) for name, c in PRESETS.items()}
     del recipes["tiny"]
+    compared = {name: (c.train.sequence_length, c.data.eos_id, c.data.valid_ids) for name, c in PRESETS.items()
+                if not name.startswith("polyglot-ko") and recipes.pop(name, None)}  # fmt: skip
+    assert compared == {
+        "ko-gpt-trinity-1.2b": (1024, 8, None),
+        "kogpt-6b": (2048, 1, None),
+        "xglm-7.5b": (2048, 2, None),
+    }
     assert recipes == {
         "polyglot-ko-1.3b": (1024, 102_000, 2048),
         "polyglot-ko-3.8b": (1024, 105_000, 2048),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from models import KOREAN, model_config, off_by, random_params, small_tokenizer, transformers_model
+from models import KOREAN, model_config, off_by, random_params, small_tokenizer
+from parity import transformers_model
 from transformers import GPTNeoXConfig, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

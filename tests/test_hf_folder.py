@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import zlib
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from models import KOREAN, model_config, off_by, random_params, random_tensors, small_tokenizer, transformers_model
+from models import KOREAN, model_config, off_by, random_params, random_tensors, small_tokenizer
+from parity import transformers_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import polyglot_jax
-from convert.hf import differences, hf_to_orbax, orbax_to_hf
+from convert.hf import hf_to_orbax, orbax_to_hf
+from convert.verify import differences
 from polyglot_jax import checkpoint, hf_folder
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
@@ -159,6 +162,12 @@ def test_exported_config(exported):
     assert PLAIN.keys() - config.keys() <= set(gpt_neox.HARMLESS)
 
 
+def test_checksums_are_those_of_the_tensors(exported):
+    sums = json.loads((exported / "checksums.json").read_text())
+    expected = {key: f"{zlib.crc32(data):08x}" for key, (_, _, data) in raw(exported).items()}
+    assert sums == {"algorithm": "crc32", "files": {"model.safetensors": expected}}
+
+
 def test_transformers_loads_shards(ours, tmp_path, exported):
     orbax_to_hf(str(ours), tmp_path / "shards", shard_bytes=60_000)
     files = sorted(tmp_path.glob("shards/*.safetensors"))
@@ -278,8 +287,7 @@ def test_a_single_flipped_bit_is_found(folder, ours, tmp_path, key, bit):
 def test_verify_notices_other_dtypes_and_other_models(folder, tmp_path):
     hf_to_orbax(str(folder), tmp_path / "half", "float16")
     lines = list(differences(str(folder), str(tmp_path / "half")))
-    assert len(lines) == HfFolder(folder).leaf_count
-    assert lines[0].startswith("embed/kernel: float32 in ")
+    assert lines == [f"embed/kernel: float32 in {folder}, float16 in {tmp_path / 'half'}"]
     hf_to_orbax(str(folder), tmp_path / "b")
     configure(folder, initializer_range=0.5)
     assert list(differences(str(folder), str(tmp_path / "b"))) == []  # no weight differs
@@ -311,7 +319,7 @@ def test_buffers_of_old_revisions_are_dropped(folder):
 
 def test_a_tied_head_stored_all_the_same_is_dropped(folder):
     configure(folder, tie_word_embeddings=True)
-    assert "head/kernel" not in {name for name, _, _ in HfFolder(folder).leaves()}
+    assert "head/kernel" not in HfFolder(folder).params
 
 
 def test_absent_settings_take_their_defaults(folder):
@@ -363,7 +371,7 @@ def test_rotary_settings_old_and_new(folder, changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": False}, "attention_bias=False: this model is implemented for True only"),
+        ({"attention_bias": None}, "model.attention_bias=None: must be of type bool"),
         ({"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type='linear': "),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={'type': 'linear'"),
@@ -417,7 +425,7 @@ def transpose(tensors):
         (remove_bias, "gpt_neox.layers.1.mlp.dense_4h_to_h.bias is missing"),
         (add_weight, "gpt_neox.layers.1.attention.gate.weight belongs to no weight of this model (1 such"),
         (add_layer, "gpt_neox.layers.2.attention.dense.bias belongs to no weight of this model"),
-        (transpose, "gpt_neox.layers.0.mlp.dense_h_to_4h.weight has shape (48, 80); config.json makes it (80, 48)"),
+        (transpose, "gpt_neox.layers.0.mlp.dense_h_to_4h.weight has shape (48, 80); the config makes it (80, 48)"),
     ],
 )
 def test_tensors_refused(folder, change, message):
@@ -444,7 +452,7 @@ def shards(ours, tmp_path):
 def test_an_index_naming_a_missing_file_is_refused(shards):
     file = sorted(shards.glob("*.safetensors"))[1]
     file.unlink()
-    with pytest.raises(InputError, match=r"model-00002-of-\d+\.safetensors: missing, though model.safetensors.index"):
+    with pytest.raises(InputError, match=r"model-00002-of-\d+\.safetensors: missing, though the index names it"):
         HfFolder(shards)
 
 
@@ -528,29 +536,32 @@ def test_what_is_no_model_is_never_overwritten(ours, folder, tmp_path, direction
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failed_export_leaves_nothing_behind(ours, exported, tmp_path, overwrite):
-    opened = Checkpoint(ours)
     there = tmp_path / "there"
     if overwrite:
         shutil.copytree(exported, there)
     before = contents(tmp_path)
 
-    def read(name, layer):
-        if (name, layer) == ("layers/mlp/down/bias", 1):
-            raise OSError("the disk went away")
-        return opened.read(name, layer)
+    class Failing(Checkpoint):
+        def read(self, name, layer=None, index=()):
+            if (name, layer) == ("layers/mlp/down/bias", 1):
+                raise OSError("the disk went away")
+            return super().read(name, layer, index)
 
     with pytest.raises(OSError, match="the disk went away"):
-        hf_folder.write(there, opened.config, read, np.float32, opened.tokenizer, overwrite=overwrite)
+        hf_folder.write(there, Failing(ours), overwrite=overwrite)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["there"] if overwrite else [])
 
 
 def test_a_full_disk_is_an_input_error(ours, tmp_path):
-    def read(name, layer):
+    source = Checkpoint(ours)
+
+    def read(*_):
         raise OSError(28, "No space left on device")
 
+    source.read = read
     with pytest.raises(InputError, match="the disk is full"):
-        hf_folder.write(tmp_path / "there", Checkpoint(ours).config, read, np.float32)
+        hf_folder.write(tmp_path / "there", source)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,7 @@
-"""The model computes what transformers' GPTNeoXForCausalLM computes: logits and every gradient, in float32."""
+"""The model computes what transformers' GPTNeoXForCausalLM computes: logits and every gradient, in float32.
+
+And what all families share: sizes, paths, precisions, rematerialisation, the cache. (The others: test_families.py.)
+"""
 
 import itertools
 
@@ -6,20 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from allpairspy import AllPairs
-from models import model_config, off_by, random_params, random_tensors, to_ours, to_theirs, transformers_model
+from models import family_model, model_config, off_by, random_params, random_tensors, to_ours, to_theirs
+from parity import (
+    FAST,
+    TOLERANCE,
+    assert_same,
+    check_parity,
+    our_results,
+    some_tokens,
+    their_results,
+    transformers_model,
+)
 from transformers import GPTNeoXConfig
 
-from polyglot_jax import steps
+from polyglot_jax import names, steps
 from polyglot_jax.checkpoint import flatten, unflatten
 from polyglot_jax.config import PRESETS
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Transformer, abstract_params, init_cache, split_layers
+from polyglot_jax.names import FAMILIES
 from polyglot_jax.steps import Batch
 from polyglot_jax.weights import load_params
-
-TOLERANCE = 1e-4
 
 RESIDUALS = ("parallel", "sequential")
 ROTARY = (0.25, 0.5, 1.0)
@@ -34,11 +45,8 @@ SIZES = {16: (96, 5, 112), 64: (131, 3, 320), 128: (257, 2, 200), 256: (67, 1, 3
 MODELS = list(itertools.product(RESIDUALS, ROTARY, ACTIVATIONS, TIED, HEAD_DIMS))
 PAIRS = [tuple(case) for case in AllPairs([RESIDUALS, ROTARY, ACTIVATIONS, TIED, HEAD_DIMS, FORMS])]
 
-# Code that is not optimised is compiled in half the time; it computes the same.
-FAST = {"xla_backend_optimization_level": 0}
 
-
-def theirs(residual, rotary_pct, activation, tied, head_dim):
+def theirs(residual, rotary_pct, activation, tied, head_dim, **more):
     vocab, heads, mlp = SIZES[head_dim]
     return GPTNeoXConfig(
         vocab_size=vocab,
@@ -52,66 +60,29 @@ def theirs(residual, rotary_pct, activation, tied, head_dim):
         hidden_act=activation,
         tie_word_embeddings=tied,
         eos_token_id=1,
+        **more,
     )
 
 
-def some_tokens(vocab, batch=2, length=13):
-    return np.random.default_rng(7).integers(0, vocab, (batch, length))
-
-
-def their_results(model, tokens):
-    """Logits, and the gradient of the mean cross-entropy under the names of their files."""
-    inputs = torch.from_numpy(tokens)
-    model.zero_grad()
-    logits = model(inputs[:, :-1]).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[:, 1:].flatten()).backward()
-    grads = {name.replace("lm_head", "embed_out"): p.grad.numpy() for name, p in model.named_parameters()}
-    return logits.detach().numpy(), grads
-
-
-def our_results(config, tensors, tokens, form, jitted=True):
-    """The same of ours. Without jit, models of the same sizes share what is compiled."""
-    model = Transformer(config)
-
-    def loss(params, tokens):
-        logits = model.apply({"params": params}, tokens[:, :-1])
-        return steps.losses_from_logits(logits, tokens[:, 1:]).mean(), logits
-
-    results = jax.grad(loss, has_aux=True)
-    params = to_ours(config, tensors)
-    params = split_layers(params) if form == "split" else params
-    grads, logits = (jax.jit(results, compiler_options=FAST) if jitted else results)(params, tokens)
-    if form == "split":
-        parts = [grads.pop(f"layer_{i}") for i in range(config.layers)]
-        grads["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-    return np.asarray(logits), to_theirs(config, grads)
-
-
-def assert_same(ours, theirs):
-    (our_logits, our_grads), (their_logits, their_grads) = ours, theirs
-    assert our_grads.keys() == their_grads.keys()
-    errors = {"logits": off_by(our_logits, their_logits)}
-    errors |= {f"gradient of {key}": off_by(our_grads[key], their_grads[key]) for key in their_grads}
-    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
-
-
-def check_parity(case, forms):  # forms: form -> whether to jit it
-    model, config, tensors = transformers_model(theirs(*case), seed=len(PAIRS) + MODELS.index(case))
-    tokens = some_tokens(config.model.vocab)
-    reference = their_results(model, tokens)
-    for form, jitted in forms.items():
-        assert_same(our_results(config.model, tensors, tokens, form, jitted), reference)
+def seed_of(case):
+    return len(PAIRS) + MODELS.index(case)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
 def test_logits_and_gradients_pairwise(case):
-    check_parity(case[:-1], {case[-1]: True})
+    check_parity(theirs(*case[:-1]), seed_of(case[:-1]), {case[-1]: True})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: "-".join(map(str, case)))
 def test_logits_and_gradients(case):
-    check_parity(case, {"stacked": True, "split": False})
+    check_parity(theirs(*case), seed_of(case), {"stacked": True, "split": False})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_biases_in_the_attention(form):
+    config = theirs("parallel", 0.5, "gelu", False, 16, attention_bias=False)
+    check_parity(config, seed=4, forms={form: True})
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -247,10 +218,15 @@ def test_accumulated_gradients_are_those_of_the_batch(small, full_results):
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-def test_cached_decoding_equals_the_full_forward_pass(residual):
+CACHED = [
+    *(model_config(vocab=128, residual=residual, tied=True) for residual in RESIDUALS),
+    *(family_model(family, vocab=128) for family in ("gpt2", "gptj", "xglm")),
+]
+
+
+@pytest.mark.parametrize("config", CACHED, ids=lambda config: f"{config.positions}-{config.residual}")
+def test_cached_decoding_equals_the_full_forward_pass(config):
     """Three prompts of different lengths, read together and continued token by token."""
-    config = model_config(vocab=128, residual=residual, tied=True)
     params = random_params(config, seed=4)
     model, split = Transformer(config), split_layers(params)
     tokens = some_tokens(config.vocab, batch=3, length=16)
@@ -284,6 +260,9 @@ def test_a_cache_asks_for_split_layers(small):
         ("polyglot-ko-5.8b", 5_885_059_072),
         # The card says 12,898,631,680, which no vocabulary of this architecture gives.
         ("polyglot-ko-12.8b", 12_898_631_680 - 5_027_840),
+        ("ko-gpt-trinity-1.2b", 1_162_556_160),
+        ("kogpt-6b", 6_166_502_400),
+        ("xglm-7.5b", 7_492_771_840),
     ],
 )
 def test_sizes_of_the_published_models(name, parameters):
@@ -292,9 +271,19 @@ def test_sizes_of_the_published_models(name, parameters):
     assert config.parameters() == parameters
 
 
-@pytest.mark.parametrize("tied", TIED)
-def test_formula_of_the_size(tied):
-    config = model_config(vocab=131, embed=48, heads=3, mlp=80, tied=tied)
+VARIANTS = [
+    *itertools.product(FAMILIES, TIED, [{}]),
+    *itertools.product(["gpt_neox"], TIED, [{"attention_bias": False}]),
+]
+
+
+def variant(family, tied, changes):
+    return family_model(family, vocab=131, embed=48, heads=3, mlp=80, context=40, tied=tied, **changes)
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_formula_of_the_size(case):
+    config = variant(*case)
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config))) == config.parameters()
 
 
@@ -323,18 +312,33 @@ AXES = {
 """The public tree of parameters: its paths are in every checkpoint, so changing one breaks them all."""
 
 
-@pytest.mark.parametrize("tied", TIED)
-def test_paths_and_axes(tied):
-    config = model_config(tied=tied)
-    expected = {name: axes for name, axes in AXES.items() if not (tied and name == "head/kernel")}
+BIASES = [f"layers/attention/{name}/bias" for name in ("q", "k", "v", "out")]
+# family -> (what it lacks of AXES, what it has besides)
+UNLIKE_NEOX = {
+    "gpt_neox": ([], {}),
+    "gpt2": ([], {"positions/kernel": ("context", "embed")}),
+    "gptj": (["layers/mlp_norm/scale", "layers/mlp_norm/bias", *BIASES], {"head/bias": ("vocab",)}),
+    "xglm": ([], {}),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_paths_and_axes(case):
+    family, tied, changes = case
+    lacks, has = UNLIKE_NEOX[family]
+    lacks = {*lacks, *(["head/kernel"] if tied else []), *(BIASES if changes else [])}
+    expected = {name: axes for name, axes in AXES.items() if name not in lacks} | has
+    config = variant(*case)
     assert flatten(Transformer(config).axes()) == expected
     shapes = {name: leaf.shape for name, leaf in flatten(abstract_params(config)).items()}
     assert shapes == {name: tuple(config.sizes[axis] for axis in axes) for name, axes in expected.items()}
 
 
-@pytest.mark.parametrize("tied", TIED)
-def test_tables_name_each_leaf_once(tied):
-    config = model_config(tied=tied)
+@pytest.mark.parametrize("case", VARIANTS)
+def test_tables_name_each_leaf_once(case):
+    config = variant(*case)
+    paths = [(path, tensor.layer) for tensor in names.tensors(config) for path in tensor.paths]
+    assert len(set(paths)) == len(paths)
     params = random_params(config, seed=5)
     shapes = jax.tree.map(np.shape, params, is_leaf=lambda x: isinstance(x, np.ndarray))
     assert flatten(shapes) == {name: leaf.shape for name, leaf in flatten(abstract_params(config)).items()}
@@ -344,10 +348,12 @@ def test_tables_name_each_leaf_once(tied):
         np.testing.assert_array_equal(back[key], tensor, err_msg=key)
 
 
-def test_init_fills_the_tree_as_the_config_says():
-    config = model_config(init_std=0.1)
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "gptj"])
+def test_init_fills_the_tree_as_the_config_says(family):
+    config = family_model(family, init_std=0.1)
     params = flatten(jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    assert unflatten(params).keys() == {"embed", "layers", "final_norm", "head"}
+    learned = ["positions"] if family == "gpt2" else []
+    assert unflatten(params).keys() == {"embed", "layers", "final_norm", "head", *learned}
     for name, leaf in params.items():
         if name.endswith("bias"):
             assert not leaf.any(), name

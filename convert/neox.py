@@ -1,0 +1,34 @@
+"""GPT-NeoX's own checkpoints to ours and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.hf import copy
+from convert.neox_export import orbax_to_neox
+from convert.neox_folder import NeoxFolder, is_neox
+from polyglot_jax.checkpoint import Checkpoint, Copied
+from polyglot_jax.hf_folder import HfFolder
+from polyglot_jax.weights import open_source
+
+__all__ = ["NeoxFolder", "is_neox", "neox_to_orbax", "open_any", "orbax_to_neox"]
+
+
+def open_any(path: str | Path) -> Checkpoint | HfFolder | NeoxFolder:
+    """Whatever holds weights: what `weights.open_source` opens, and GPT-NeoX's checkpoints."""
+    return NeoxFolder(path) if is_neox(path) else open_source(path)
+
+
+def neox_to_orbax(
+    source: str | Path,
+    destination: str | Path,
+    dtype: Any = None,
+    *,
+    config_files: Sequence[str | Path] = (),
+    overwrite: bool = False,
+) -> Copied:
+    """Write a checkpoint from GPT-NeoX's; dtype None keeps the source's own. `config_files`: as of NeoxFolder."""
+    folder = NeoxFolder(source, config_files)
+    return copy(folder, destination, dtype, overwrite=overwrite)

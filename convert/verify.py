@@ -1,0 +1,107 @@
+"""Whether two places hold the same weights, and whether they compute the same."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.hf import orbax_to_hf
+from convert.neox import open_any
+from polyglot_jax import store
+from polyglot_jax.config import InputError
+from polyglot_jax.hf_folder import HfFolder, is_hf_folder
+from polyglot_jax.language_model import load
+from polyglot_jax.parallel import in_order
+from polyglot_jax.source import Source
+from polyglot_jax.weights import open_source
+
+_STEP = 2**22  # values compared at a time
+
+
+def differences(a: str, b: str) -> Iterator[str]:
+    """A line for each way in which the weights at `a` and `b` (of any kind) are not the same bits; none if they are.
+
+    Settings that are no weights (an initialiser, a tokenizer) do not count.
+    """
+    first, second = open_any(a), open_any(b)
+    shapes = [{name: tuple(leaf.shape) for name, leaf in source.params.items()} for source in (first, second)]
+    if shapes[0] != shapes[1]:
+        for name in sorted(shapes[0].keys() | shapes[1].keys()):
+            ours, theirs = (shape.get(name, "absent") for shape in shapes)
+            if ours != theirs:
+                yield f"{name}: {ours} in {a}, {theirs} in {b}"
+        return
+    for name, leaf in first.params.items():
+        if leaf.dtype != second.params[name].dtype:
+            yield f"{name}: {leaf.dtype} in {a}, {second.params[name].dtype} in {b}"
+            return
+
+    def compare(piece: tuple[str, int | None]) -> tuple[str | None, int]:
+        return _compare(first, second, *piece)
+
+    total = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in first.params.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="comparing") as progress:
+        for line, size in in_order(compare, store.pieces(first.params)):
+            progress.update(size)
+            if line:
+                yield line
+
+
+def _compare(first: Source, second: Source, name: str, layer: int | None) -> tuple[str | None, int]:
+    """What differs in a piece, or None, and the piece's bytes; in parts, because a piece can be large."""
+    shape = store.piece_shape(first.params, name, layer)
+    rows = max(1, _STEP * shape[0] // int(np.prod(shape)))
+    count, at, values = 0, None, None
+    for start in range(0, shape[0], rows):
+        index = (slice(start, min(start + rows, shape[0])),)
+        ours, theirs = (source.read(name, layer, index) for source in (first, second))
+        differ = _bits(ours) != _bits(theirs)
+        if differ.any():
+            if at is None:
+                at = tuple(map(int, np.argwhere(differ)[0]))
+                values, at = (ours[at], theirs[at]), [start + at[0], *at[1:]]
+            count += int(differ.sum())
+    size = int(np.prod(shape)) * first.params[name].dtype.itemsize
+    if at is None:
+        return None, size
+    where = name if layer is None else f"{name}, layer {layer}"
+    line = f"{where}: {count:,} of {int(np.prod(shape)):,} values differ, first {at}: {values[0]} and {values[1]}"
+    return line, size
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The values as unsigned integers, so that NaNs and zeros of either sign compare as they are stored."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def logit_differences(a: str, b: str, length: int) -> np.ndarray:
+    """float64[length]: the largest |difference| of float32 logits at each position, ours against transformers'.
+
+    Two rows of random tokens. Ours runs `a`; transformers runs `b`, or `a` if only that is a Hugging Face folder, or
+    else an export of `b`. InputError if torch or transformers is not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise InputError("--logits runs transformers beside this: pip install torch transformers") from error
+    ours = load(a, dtype="float32")
+    ids = ours.config.data.valid_ids or ours.config.model.vocab
+    tokens = np.random.default_rng(0).integers(0, ids, (2, min(length, ours.config.model.context)))
+    with tempfile.TemporaryDirectory() as exported:
+        folder = next((Path(open_source(path).path) for path in (b, a) if _is_hf(path)), None)
+        if folder is None:
+            folder = Path(exported, "model")
+            orbax_to_hf(b, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            reference = theirs(torch.from_numpy(tokens)).logits.numpy()
+    return np.abs(np.asarray(ours.logits(tokens), np.float64) - reference).max(axis=(0, 2))
+
+
+def _is_hf(path: str) -> bool:
+    return is_hf_folder(path) or (not Path(path).exists() and isinstance(open_source(path), HfFolder))

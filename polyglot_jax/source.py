@@ -1,0 +1,99 @@
+"""What every holder of a model's weights offers, and their tensors under our names."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from polyglot_jax.config import Config, InputError
+from polyglot_jax.names import Tensor, is_dropped, tensors
+
+
+class Source(Protocol):
+    """Whatever holds a model's weights.
+
+    .path .config .tokenizer (text of tokenizer.json, or None) .params ({name: shape and dtype, layers stacked})
+    """
+
+    path: Path
+    config: Config
+    tokenizer: str | None
+    params: Mapping[str, Any]
+
+    def read(self, name: str, layer: int | None = None, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A parameter of ours, one layer of a stacked one, or a part of it, in the dtype it is stored in."""
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Shape of the parts in which a piece is stored; reading less than one costs as much."""
+
+
+class Stored(NamedTuple):
+    """A tensor of theirs as it is stored. dtype: None if weights come in no such one; kind: what the file calls it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+    kind: str
+    file: str
+
+
+class Leaf(NamedTuple):
+    """A parameter of ours, layers stacked."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Renamed(Source, abc.ABC):
+    """Tensors of theirs under our names. Also .notes: what whoever converts them should know."""
+
+    def __init__(self, path: Path, config: Config, stored: Mapping[str, Stored]):
+        """InputError if the tensors stored are not those of the model: one missing, surplus, misshapen or mistyped."""
+        self.path, self.config = path, config
+        self.params: dict[str, Leaf] = {}
+        self._where: dict[tuple[str, int | None], tuple[Tensor, int]] = {}
+        left = dict(stored)
+        for tensor in tensors(config.model):
+            found = left.pop(tensor.key, None)
+            if found is None:
+                raise InputError(f"{path}: {tensor.key} is missing; the config makes it {tensor.shape}")
+            if found.shape != tensor.shape:
+                raise InputError(
+                    f"{found.file}: {tensor.key} has shape {found.shape}; the config makes it {tensor.shape}: not the "
+                    "same model"
+                )
+            if found.dtype is None:
+                raise InputError(
+                    f"{found.file}: {tensor.key} is {found.kind}; weights are float32, float16 or bfloat16"
+                )
+            for part, (name, shape) in enumerate(zip(tensor.paths, tensor.our_shapes, strict=True)):
+                self._where[name, tensor.layer] = tensor, part
+                lead = () if tensor.layer is None else (config.model.layers,)
+                leaf = self.params.setdefault(name, Leaf((*lead, *shape), found.dtype))
+                if leaf.dtype != found.dtype:
+                    raise InputError(
+                        f"{found.file}: {tensor.key} is {found.dtype} where the layers before it are {leaf.dtype}; "
+                        "save the model in one dtype first"
+                    )
+        surplus = sorted(key for key in left if not is_dropped(key, config.model))
+        if surplus:
+            raise InputError(f"{path}: {surplus[0]} belongs to no weight of this model ({len(surplus)} such tensors)")
+        self.notes: list[str] = []
+        if left:
+            self.notes.append(f"{len(left)} computed buffers were left out, such as {min(left)}")
+
+    @abc.abstractmethod
+    def theirs(self, key: str) -> np.ndarray:
+        """One of their tensors, where possible as a view of the file."""
+
+    def read(self, name: str, layer: int | None = None, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """As in `Source`; a view where `theirs` gives one."""
+        tensor, part = self._where[name, layer]
+        return tensor.to_ours(self.theirs(tensor.key))[part][index]
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """As in `Source`: their files can be read from anywhere."""
+        return (1,) * len(self.params[name].shape[name.startswith("layers/") :])
