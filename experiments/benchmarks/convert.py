@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.benchmarks.convert
 Time:      about 3 minutes and 10 GB of disk for the 1.3B model
-Expected:  at least half the speed of cp in both directions; what came out is in records/benchmark_convert.json
+Goal:      half the speed of cp in both directions; what came out (less, so far) is in records/benchmark_convert.json
 
 Each turn times cp -r, hf-to-orbax and orbax-to-hf on a float16 model of random weights, as commands, Python's start
 included, and until the data is on the disk (sync), since all three otherwise only fill the system's memory. Medians.
