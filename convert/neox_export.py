@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from convert import neox_config
@@ -153,7 +153,7 @@ class _Export:
     def _save(self, file: Path, state: dict[str, Any], module: dict[str, Any]) -> None:
         torch_files.save(state, file)
         contents = {name: torch_files.to_numpy(tensor).reshape(-1).view(np.uint8) for name, tensor in module.items()}
-        self.checksums[file.name] = {name: zlib.crc32(content.data) for name, content in contents.items()}
+        self.checksums[file.name] = {name: crc32(content.data) for name, content in contents.items()}
 
     @contextlib.contextmanager
     def _spooled(

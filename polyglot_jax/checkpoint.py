@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from polyglot_jax import store
@@ -178,13 +178,13 @@ def _crc32(file: Path) -> int:
     checksum = 0
     with open(file, "rb") as opened:
         while part := opened.read(2**22):
-            checksum = zlib.crc32(part, checksum)
+            checksum = crc32(part, checksum)
     return checksum
 
 
 def _crc32_of(manifest: dict[str, Any]) -> str:
     """Of a manifest's own content."""
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+    return f"{crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -265,22 +265,34 @@ class Checkpoint:
             name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
             for name, leaf in manifest["params"].items()
         }
-        self._reader = store.Reader(path / "params")
+        self._reader = store.Reader(path / "params", self._load)
 
     def _check(self, *names: str) -> None:
         """Compare files with their checksums, each once; InputError naming the first that is not as it was written."""
         with self._checking:
             for name in sorted(self._unchecked.intersection(names)):
-                if f"{_crc32(self.path / name):08x}" != self._files[name]["crc32"]:
-                    raise InputError(f"{self.path / name}: its bytes are not those that were written; {_DAMAGED}")
-                self._unchecked.discard(name)
+                self._compare(name, _crc32(self.path / name))
 
     def _check_folder(self, folder: str) -> None:
         self._check(*(name for name in self._files if name.startswith(folder)))
 
+    def _compare(self, name: str, checksum: int) -> None:
+        if f"{checksum:08x}" != self._files[name]["crc32"]:
+            raise InputError(f"{self.path / name}: its bytes are not those that were written; {_DAMAGED}")
+        self._unchecked.discard(name)
+
+    def _load(self, file: str) -> np.ndarray:
+        """The bytes of a file of parameters, mapped, and checked when they are first asked for."""
+        name = f"params/{file}"
+        content = np.memmap(self.path / name, np.uint8, mode="r").view(np.ndarray)
+        if name in self._unchecked:
+            self._compare(name, crc32(content.data))
+        return content
+
     def read(self, name: str, layer: int | None = None, index: store.Index = ()) -> np.ndarray:
         """A parameter, one layer of a stacked one, or a part of it, as it is on disk; nothing else is read."""
-        self._check_folder(f"params/{self._reader.folder(name, layer)}")
+        if self._reader.is_database:
+            self._check_folder("params/")
         return self._reader.read(name, layer, index)
 
     def chunk(self, name: str) -> tuple[int, ...]:

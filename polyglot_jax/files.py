@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from polyglot_jax.config import Config, InputError
 
@@ -77,6 +78,16 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
         raise
     if old.exists():
         delete_old()
+
+
+def write_values(file: IO[bytes], content: memoryview) -> None:
+    """Write much of one kind, 64 KiB at a time, as cp does.
+
+    For a larger write Linux looks for larger pages, and on a virtual machine its host has to find those first: 0.4 GB/s
+    instead of 1.6, measured on ext4.
+    """
+    for start in range(0, content.nbytes, 2**16):
+        file.write(content[start : start + 2**16])
 
 
 def write_checksums(folder: Path, files: dict[str, dict[str, int]]) -> None:

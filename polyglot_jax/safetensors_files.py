@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from isal.isal_zlib import crc32
 from safetensors import SafetensorError, safe_open
 
 from polyglot_jax.config import InputError
+from polyglot_jax.files import write_values
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -80,8 +81,8 @@ def write(
             while left > 0:
                 # Bytes, because NumPy's own file writing does not know bfloat16.
                 content = np.ascontiguousarray(next(parts)).reshape(-1).view(np.uint8).data
-                file.write(content)
-                checksum = zlib.crc32(content, checksum)
+                checksum = crc32(content, checksum)
+                write_values(file, content)
                 left -= content.nbytes
             if left:
                 raise ValueError(f"{path}: {-left} bytes too many for {key}")

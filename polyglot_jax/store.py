@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -22,6 +21,9 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from isal.isal_zlib import crc32
+
+from polyglot_jax.files import write_values
 
 CHUNK = 4 * 2**20
 Index = tuple[slice, ...]
@@ -130,6 +132,7 @@ class Writer:
         """`params`: name -> shape and dtype; `tree`: the same, nested as Orbax is to find it."""
         self._path, self._params = path, params
         self._layouts: dict[str, Layout] = {}
+        self._folders: set[Path] = set()
         registry = ocp.type_handlers.create_type_handler_registry(
             (_Streamed, _Streaming()), (jax.Array, ocp.type_handlers.ArrayHandler())
         )
@@ -162,11 +165,16 @@ class Writer:
         short = layout.step - values.shape[0]  # the last chunk of an array is filled up with zeros
         if short:
             content = np.concatenate([content, np.zeros(short * values[0].nbytes, np.uint8)])
-        file = layout.file(block.layer, block.index[layout.order[0]].start // layout.step)
-        (self._path / file).parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path / file, "xb") as opened:
-            opened.write(content.data)
-        return Written(file, content.nbytes, zlib.crc32(content.data), count_non_finite(values))
+        # Before writing: a system call that meets mapped pages nobody has read yet copies them piecemeal.
+        checksum, non_finite = crc32(content.data), count_non_finite(values)
+        name = layout.file(block.layer, block.index[layout.order[0]].start // layout.step)
+        file = self._path / name
+        if file.parent not in self._folders:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(file.parent)
+        with open(file, "xb") as opened:
+            write_values(opened, content.data)
+        return Written(name, content.nbytes, checksum, non_finite)
 
     def _create(self, name: str, order: tuple[int, ...], stacked: bool) -> Layout:
         leaf = self._params[name]
@@ -195,8 +203,9 @@ class Writer:
 class Reader:
     """Reads parameters from a folder of Orbax, written by `Writer` or by Orbax itself."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, load: Callable[[str], np.ndarray]):
+        """`load`: gives the bytes of a file of chunks by its name in `path`."""
+        self._path, self._load = path, load
         self.is_database = (path / "manifest.ocdbt").is_file()
         """Whether all arrays share a few files, as when Orbax writes jax.Arrays."""
         self._array, self._layout = cache(self._open), cache(self._read_layout)
@@ -216,18 +225,12 @@ class Reader:
         step = array.chunk_layout.read_chunk.shape[lead + order[0]]
         return Layout(dotted(name), array.shape[lead:], array.dtype.numpy_dtype, order, step)
 
-    def folder(self, name: str, layer: int | None) -> str:
-        """Where, in the folder of parameters, the values of a piece lie."""
-        if self.is_database:
-            return ""
-        return f"{dotted(name)}/" if layer is None else f"{dotted(name)}/c/{layer}/"
-
     def chunk(self, name: str) -> tuple[int, ...]:
         """Shape of the parts in which a piece is stored; reading less than one costs as much."""
         return self._array(name).chunk_layout.read_chunk.shape[is_stacked(name) :]
 
     def read(self, name: str, layer: int | None, index: Index) -> np.ndarray:
-        """A part of a piece, of whatever strides; what lies in one file is a view of it."""
+        """A part of a piece, of whatever strides; what lies in one file is a view of what `load` gives."""
         if self.is_database:
             return self._piece(name, layer)[index]
         layout = self._layout(name)
@@ -239,19 +242,15 @@ class Reader:
             first = number * layout.step
             rows = slice(max(start - first, 0), min(stop - first, layout.step))
             stored = (rows, *(index[axis] for axis in layout.order[1:]))
-            parts.append(self._map(layout, layer, number)[stored])
+            shape = (layout.step, *(layout.shape[axis] for axis in layout.order[1:]))
+            chunk = self._load(layout.file(layer, number)).view(layout.dtype).reshape(shape)
+            parts.append(chunk[stored])
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return values.transpose(np.argsort(layout.order))
 
     def _read_piece(self, name: str, layer: int | None) -> np.ndarray:
         array = self._array(name)
         return np.asarray((array if layer is None else array[layer]).read().result())
-
-    def _map(self, layout: Layout, layer: int | None, number: int) -> np.ndarray:
-        """A chunk, in the order in which it is stored."""
-        shape = (layout.step, *(layout.shape[axis] for axis in layout.order[1:]))
-        content = np.memmap(self._path / layout.file(layer, number), np.uint8, mode="r").view(np.ndarray)
-        return content.view(layout.dtype).reshape(shape)
 
 
 def dotted(name: str) -> str:
@@ -267,6 +266,8 @@ def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def count_non_finite(values: np.ndarray) -> int:
     """How many values are infinite or NaN; exact for every dtype weights come in."""
-    exponent = _EXPONENTS[values.dtype]
-    magnitudes = values.view(f"u{values.dtype.itemsize}") & np.array(exponent, f"u{values.dtype.itemsize}")
-    return 0 if magnitudes.max() < exponent else int((magnitudes == exponent).sum())
+    exponent = np.array(_EXPONENTS[values.dtype], f"u{values.dtype.itemsize}")
+    bits = np.ravel(values).view(exponent.dtype)
+    # In parts that stay in the processor's cache; masking, then looking for a maximum, is what NumPy does quickest.
+    magnitudes = (bits[start : start + 2**16] & exponent for start in range(0, bits.size, 2**16))
+    return sum(int((part == exponent).sum()) for part in magnitudes if part.max() == exponent)

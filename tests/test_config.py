@@ -339,9 +339,9 @@ def test_the_program_itself_exits_with_status_1_and_no_traceback(tmp_path):
 # A room imports only from rooms on lower floors. A package is one room; what lies inside may import each other.
 FLOORS = [
     {"config", "families"},
-    {"attention", "cli", "files", "hardware", "hub", "names", "parallel", "sharding", "store", "tokenizer"}
-    | {"safetensors_files", "token_files", "torch_files"},
-    {"model", "optimizer", "data", "log", "source"},
+    {"attention", "cli", "files", "hardware", "hub", "names", "parallel", "sharding", "tokenizer"}
+    | {"token_files", "torch_files"},
+    {"model", "optimizer", "data", "log", "source", "safetensors_files", "store"},
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
     {"report", "generate", "prepare"},

@@ -1,11 +1,14 @@
 """Conversion against `cp -r` of the same files, taking turns.
 
 Command:   python -m experiments.benchmarks.convert
-Time:      about 3 minutes and 10 GB of disk for the 1.3B model
-Goal:      half the speed of cp in both directions; what came out (less, so far) is in records/benchmark_convert.json
+Time:      about 6 minutes and 10 GB of disk for the 1.3B model
+Goal:      half the speed of cp in both directions; what came out is in records/benchmark_convert.json
 
 Each turn times cp -r, hf-to-orbax and orbax-to-hf on a float16 model of random weights, as commands, Python's start
 included, and until the data is on the disk (sync), since all three otherwise only fill the system's memory. Medians.
+What one has written is deleted before the next starts, and then the machine rests: a virtual one gives freed memory
+back to its host within seconds, and whoever writes first into what is not back yet looks several times quicker than
+the others, cp for one, which needs no second to start. The order turns with every turn.
 """
 
 from __future__ import annotations
@@ -39,9 +42,13 @@ class Benchmark:
     """Folder for the copies; emptied at the end."""
 
 
+REST = 10
+
+
 def timed(command: Sequence[str]) -> float:
-    """Seconds a command takes until what it wrote is on the disk."""
+    """Seconds a command takes, on a machine at rest, until what it wrote is on the disk."""
     os.sync()
+    time.sleep(REST)
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.sync()
@@ -52,22 +59,24 @@ def main(benchmark: Benchmark) -> None:
     out = Path(benchmark.out)
     if out.exists():
         raise SystemExit(f"error: {out}: exists; remove it, or choose another place with --out")
-    source, copy, orbax, back = (str(out / name) for name in ("huggingface", "copy", "orbax", "back"))
+    source, orbax, made = (str(out / name) for name in ("huggingface", "orbax", "made"))
     write_random_model(Path(source), PRESETS[benchmark.preset])
     convert = (sys.executable, "-m", "convert")
     commands = {
-        "cp": ("cp", "-r", source, copy),
-        "hf-to-orbax": (*convert, "hf-to-orbax", source, orbax),
-        "orbax-to-hf": (*convert, "orbax-to-hf", orbax, back),
+        "cp": ("cp", "-r", source, made),
+        "hf-to-orbax": (*convert, "hf-to-orbax", source, made),
+        "orbax-to-hf": (*convert, "orbax-to-hf", orbax, made),
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     try:
+        timed((*convert, "hf-to-orbax", source, orbax))
+        shutil.copytree(source, made)
         for turn in range(benchmark.turns):
-            for name, command in commands.items():
-                seconds[name].append(timed(command))
-            print(f"turn {turn + 1}: " + ", ".join(f"{name} {times[-1]:.1f} s" for name, times in seconds.items()))
-            for made in (copy, orbax, back):
+            names = list(commands)
+            for name in names[turn % 3 :] + names[: turn % 3]:
                 shutil.rmtree(made)
+                seconds[name].append(timed(commands[name]))
+            print(f"turn {turn + 1}: " + ", ".join(f"{name} {times[-1]:.1f} s" for name, times in seconds.items()))
     finally:
         shutil.rmtree(out)
     size = 2 * PRESETS[benchmark.preset].model.parameters()
