@@ -326,12 +326,15 @@ def _read_modules(
 
 
 def _find_tokenizer(path: Path, folder: Path, settings: Settings) -> str | None:
-    """The text of the tokenizer.json beside the weights, or where the settings say, if it is there."""
+    """The text of the tokenizer.json beside the weights, or where the settings say, if it is there; else None."""
     places = [path / "tokenizer.json", folder / "tokenizer.json"]
     if settings.get("tokenizer_type") == "HFTokenizer" and isinstance(settings.get("vocab_file"), str):
         places.append(Path(settings.get("vocab_file")))
     file = next((place for place in places if place.is_file()), None)
-    return None if file is None else file.read_bytes().decode(errors="replace")
+    try:
+        return None if file is None else file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not a tokenizer.json, not even UTF-8; fetch it again") from error
 
 
 def place(tensor: Tensor, config: Config) -> tuple[int, str, str]:
