@@ -1,0 +1,59 @@
+"""The converters' command lines: what each verb is tried on, and how it ended."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from formats import FORMATS
+
+from convert.__main__ import VERBS
+from polyglot_jax.cli import run
+
+
+class Verb(NamedTuple):
+    """source: a format of formats.FORMATS; arguments: what the verb wants besides two places."""
+
+    source: str
+    arguments: tuple[str, ...] = ()
+
+    def make(self, folder: Path) -> Path:
+        """Make a source at `folder`."""
+        FORMATS[self.source].make(folder)
+        return folder
+
+
+CONVERSIONS = {
+    "hf-to-orbax": Verb("safetensors in shards"),
+    "orbax-to-hf": Verb("converted", ("--shard-bytes", "20000")),
+    "neox-to-orbax": Verb("neox"),
+    "orbax-to-neox": Verb("converted", ("--tensor-parallel", "2")),
+}
+
+
+class Ended(NamedTuple):
+    """A command that has ended. out, err: what it printed, line by line, without progress bars."""
+
+    status: int
+    out: list[str]
+    err: list[str]
+
+    @property
+    def error(self) -> str:
+        """The error of a command that failed as it should: with status 1, after at most notes, in one line."""
+        assert self.status == 1, self
+        *notes, error = self.err
+        assert all(line.startswith("note: ") for line in notes) and error.startswith("error: "), self
+        return error
+
+
+def convert(verb: str, source: Path | str, destination: Path | str, *more: str) -> Ended:
+    """Run `python -m convert VERB` in this process, with the arguments that the verb is tried with."""
+    arguments = [verb, str(source), str(destination), *CONVERSIONS.get(verb, Verb("")).arguments, *more]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = run(VERBS, "python -m convert", arguments)
+    lines = [
+        line for line in re.split("[\r\n]+", err.getvalue()) if not re.match(r"(writing|comparing|reading) |$", line)
+    ]
+    return Ended(status, out.getvalue().splitlines(), lines)
