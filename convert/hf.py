@@ -9,16 +9,20 @@ from typing import Any
 from polyglot_jax import checkpoint, hf_folder
 from polyglot_jax.checkpoint import Checkpoint, Copied
 from polyglot_jax.config import InputError
+from polyglot_jax.files import beside
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.source import Renamed
 from polyglot_jax.weights import open_source, read_tokenizer
 
 
 def check_apart(source: Path, destination: str | Path) -> None:
-    """InputError if one is, or lies in, the other: converting changes nothing in a source."""
+    """InputError if one is, or lies in, the other or what is cleared away for it: a source is never changed."""
     a, b = source.resolve(), Path(destination).resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise InputError(f"{destination}: is, holds or lies in the source, {source}; choose another place")
+    for place in beside(b):
+        if a.is_relative_to(place):
+            raise InputError(f"{source}: is in the way of writing {destination}; rename it, or choose another place")
 
 
 def hf_to_orbax(source: str, destination: str | Path, dtype: Any = None, *, overwrite: bool = False) -> Copied:
