@@ -187,7 +187,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
 def read_neox(folder: Path) -> tuple[Bits, dict[str, Any]]:
     """A checkpoint of GPT-NeoX, ranks merged, under Hugging Face's names; and its settings."""
     step = folder / (folder / "latest").read_text().strip()
-    given = [yaml.safe_load(file.read_bytes()) for file in (step / "configs").iterdir() if file.suffix != ".txt"]
+    files = [file for file in (step / "configs").iterdir() if file.suffix in (".yml", ".yaml", ".json")]
+    given = [yaml.safe_load(file.read_bytes()) for file in files]
     parts: dict[str, list[torch.Tensor]] = {}
     for file in sorted(step.glob("layer_*.pt")):
         for name, part in _load_bin(file).items():

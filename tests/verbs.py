@@ -3,9 +3,12 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from conftest import ROOT
 from formats import FORMATS
 
 from convert.__main__ import VERBS
@@ -53,7 +56,25 @@ def convert(verb: str, source: Path | str, destination: Path | str, *more: str) 
     arguments = [verb, str(source), str(destination), *CONVERSIONS.get(verb, Verb("")).arguments, *more]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = run(VERBS, "python -m convert", arguments)
-    lines = [
-        line for line in re.split("[\r\n]+", err.getvalue()) if not re.match(r"(writing|comparing|reading) |$", line)
-    ]
-    return Ended(status, out.getvalue().splitlines(), lines)
+    return Ended(status, out.getvalue().splitlines(), _without_bars(err.getvalue()))
+
+
+WITHOUT = """
+import sys
+for name in sys.argv.pop(1).split():
+    sys.modules[name] = None  # importing it now raises an ImportError
+from convert.__main__ import VERBS
+from polyglot_jax.cli import run
+sys.exit(run(VERBS, "python -m convert", sys.argv[1:]))
+"""
+
+
+def without(packages: str, *arguments: str | Path) -> Ended:
+    """Run `python -m convert ARGUMENTS` in a process that cannot import some packages."""
+    command = [sys.executable, "-c", WITHOUT, packages, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return Ended(done.returncode, done.stdout.splitlines(), _without_bars(done.stderr))
+
+
+def _without_bars(text: str) -> list[str]:
+    return [line for line in re.split("[\r\n]+", text) if line and "%|" not in line]
