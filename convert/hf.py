@@ -40,11 +40,12 @@ def copy(source: Renamed, destination: str | Path, dtype: Any = None, *, overwri
     copied = checkpoint.copy(destination, source, dtype, overwrite=overwrite)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
-    _say_non_finite(copied.non_finite)
+    say_non_finite(copied.non_finite)
     return copied
 
 
-def _say_non_finite(counts: dict[str, int]) -> None:
+def say_non_finite(counts: dict[str, int]) -> None:
+    """Notes on stderr of what was written infinite or NaN, be it that a narrower dtype could not hold it."""
     for where, count in counts.items():
         print(f"note: {where} has {count:,} infinite or NaN values", file=sys.stderr)
 
@@ -60,4 +61,4 @@ def orbax_to_hf(
     if not isinstance(opened, Checkpoint):
         raise InputError(f"{source}: is a Hugging Face folder already, not a checkpoint")
     check_apart(opened.path, destination)
-    _say_non_finite(hf_folder.write(destination, opened, dtype, shard_bytes=shard_bytes, overwrite=overwrite))
+    say_non_finite(hf_folder.write(destination, opened, dtype, shard_bytes=shard_bytes, overwrite=overwrite))

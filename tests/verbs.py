@@ -53,7 +53,8 @@ class Ended(NamedTuple):
 
 def convert(verb: str, source: Path | str, destination: Path | str, *more: str) -> Ended:
     """Run `python -m convert VERB` in this process, with the arguments that the verb is tried with."""
-    arguments = [verb, str(source), str(destination), *CONVERSIONS.get(verb, Verb("")).arguments, *more]
+    usual = CONVERSIONS[verb].arguments if verb in CONVERSIONS else ()
+    arguments = [verb, str(source), str(destination), *(more if usual[:1] == more[:1] else (*usual, *more))]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = run(VERBS, "python -m convert", arguments)
     return Ended(status, out.getvalue().splitlines(), _without_bars(err.getvalue()))
