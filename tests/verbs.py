@@ -62,8 +62,15 @@ def convert(verb: str, source: Path | str, destination: Path | str, *more: str) 
 
 WITHOUT = """
 import sys
-for name in sys.argv.pop(1).split():
-    sys.modules[name] = None  # importing it now raises an ImportError
+
+class Absent:
+    packages = sys.argv.pop(1).split()
+
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
 from convert.__main__ import VERBS
 from polyglot_jax.cli import run
 sys.exit(run(VERBS, "python -m convert", sys.argv[1:]))
