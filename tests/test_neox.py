@@ -160,6 +160,8 @@ def test_the_tokenizer_is_found(tmp_path):
     assert Checkpoint(tmp_path / "ours").config.data == DataConfig(valid_ids=403, eos_id=2)
     (folder.parent / "tokenizer.json").write_text("nearer")
     assert NeoxFolder(folder.parent).tokenizer == "nearer"
+    (folder.parent / "tokenizer.json").write_bytes(b'{"version": "\xff"}')
+    refused(folder.parent, f"{folder.parent / 'tokenizer.json'}: not a tokenizer.json, not even UTF-8")
 
 
 class Anything:
@@ -334,6 +336,7 @@ def test_sizes_are_held_against_the_tensors(tmp_path):
         ({"te_layernorm_mlp": True}, "te_layernorm_mlp=True: this model"),
         ({"activation": "swiglu"}, "activation='swiglu': this model has gelu, relu"),
         ({"gpt_j_residual": "yes"}, "gpt_j_residual='yes': must be true or false"),
+        ({"gpt_j_residual": [[]]}, "gpt_j_residual=[[]]: must be true or false"),
         ({"no_weight_tying": False}, "final_linear.weight is there, but no_weight_tying is false or in no .yml"),
         ({"rotary_pct": 0.1}, "model.rotary_pct=0.1: gives 0 rotary dimensions of a head's 8"),
         ({"rotary_pct": "half"}, "model.rotary_pct='half': must be of type float"),
