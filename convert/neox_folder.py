@@ -331,7 +331,7 @@ def _find_tokenizer(path: Path, folder: Path, settings: Settings) -> str | None:
     # A link that leads nowhere is there, and cannot be read.
     places = [place / "tokenizer.json" for place in (path, folder) if os.path.lexists(place / "tokenizer.json")]
     named = settings.get("vocab_file")
-    if settings.get("tokenizer_type") == "HFTokenizer" and isinstance(named, str) and Path(named).is_file():
+    if settings.get("tokenizer_type") == "HFTokenizer" and isinstance(named, str) and os.path.isfile(named):
         places.append(Path(named))
     if not places:
         return None

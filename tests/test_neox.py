@@ -152,6 +152,8 @@ def test_a_head_split_over_its_input(tmp_path):
 def test_the_tokenizer_is_found(tmp_path):
     folder = reference(tmp_path / "save")
     assert NeoxFolder(folder).tokenizer is None
+    configure(folder, vocab_file="y" * 300)  # longer than a name can be
+    assert NeoxFolder(folder).tokenizer is None
     text = small_tokenizer().to_json()
     (tmp_path / "elsewhere.json").write_text(text, encoding="utf-8")
     configure(folder, vocab_file=str(tmp_path / "elsewhere.json"))

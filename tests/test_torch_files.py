@@ -10,6 +10,9 @@ import torch
 from formats import FORMATS, PLAIN, bits, random_weights, read_orbax
 from verbs import convert, without
 
+from polyglot_jax import torch_files
+from polyglot_jax.config import InputError
+
 WEIGHTS = random_weights("float32")
 
 
@@ -123,6 +126,37 @@ def test_other_tensors_are_refused(tmp_path, tensor, message):
     error = convert("hf-to-orbax", source, tmp_path / "result").error
     assert message in error and str(source / "pytorch_model.bin") in error
     assert [item.name for item in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_flipped_bit_in_the_archive_gives_no_other_values(tmp_path):
+    """In the directory, in the entries' own headers or in the pickle: all that says which bytes are whose."""
+    tensors = {f"k{number}": torch.arange(64) + 100.5 * (number + 1) for number in range(3)}
+    file = tmp_path / "x.bin"
+    torch.save(tensors, file)
+    content, expected, refused = file.read_bytes(), bits(tensors), 0
+    starts = [content.index(tensor.numpy().tobytes()) for tensor in tensors.values()]
+    values = {at for start in starts for at in range(start, start + 256)}
+    for at in sorted(set(range(len(content))) - values):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << (at * 5 % 8)
+        file.write_bytes(damaged)
+        try:
+            found = torch_files.load(file)
+        except InputError:
+            refused += 1
+        else:
+            assert bits(found) == expected, at
+    assert refused > 500
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        source = save(tmp_path / "source", WEIGHTS)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert convert("hf-to-orbax", source, tmp_path / "result").status == 0
+    assert read_orbax(tmp_path / "result") == bits(WEIGHTS)
 
 
 class Code:
