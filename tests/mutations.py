@@ -133,7 +133,7 @@ def mutated_text(value: Any, rng: random.Random) -> tuple[str, str]:
         parent = parent[key]
     old, where = parent[last], "/".join(map(str, [*path, last]))
     kind = rng.choice(("replace", "replace", "replace", "near", "delete", "rename", "repeat", "swap"))
-    if kind == "near" and type(old) in (int, float):
+    if kind == "near" and type(old) in (int, float) and abs(old) < 1e300:
         parent[last] = rng.choice((old + 1, old - 1, old * 2, -old, float(old), str(old), [old]))
         return json.dumps(value), f"{where} = {parent[last]!r}"
     if kind == "delete":
