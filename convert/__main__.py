@@ -92,7 +92,7 @@ class Verify:
     b: tyro.conf.Positional[str]
     """Another."""
     logits: bool = False
-    """Also run A here and B in transformers, both in float32 on the same tokens, and print by how much they differ."""
+    """Also run one here and one in transformers, in float32 on the same tokens, and print by how much they differ."""
     tokens: int = 32
     """How many tokens for that."""
 

@@ -9,16 +9,20 @@ from typing import Any
 from polyglot_jax import checkpoint, hf_folder
 from polyglot_jax.checkpoint import Checkpoint, Copied
 from polyglot_jax.config import InputError
+from polyglot_jax.files import beside
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.source import Renamed
 from polyglot_jax.weights import open_source, read_tokenizer
 
 
 def check_apart(source: Path, destination: str | Path) -> None:
-    """InputError if one is, or lies in, the other: converting changes nothing in a source."""
+    """InputError if one is, or lies in, the other or what is cleared away for it: a source is never changed."""
     a, b = source.resolve(), Path(destination).resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise InputError(f"{destination}: is, holds or lies in the source, {source}; choose another place")
+    for place in beside(b):
+        if a.is_relative_to(place):
+            raise InputError(f"{source}: is in the way of writing {destination}; rename it, or choose another place")
 
 
 def hf_to_orbax(source: str, destination: str | Path, dtype: Any = None, *, overwrite: bool = False) -> Copied:
@@ -36,11 +40,12 @@ def copy(source: Renamed, destination: str | Path, dtype: Any = None, *, overwri
     copied = checkpoint.copy(destination, source, dtype, overwrite=overwrite)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
-    _say_non_finite(copied.non_finite)
+    say_non_finite(copied.non_finite)
     return copied
 
 
-def _say_non_finite(counts: dict[str, int]) -> None:
+def say_non_finite(counts: dict[str, int]) -> None:
+    """Notes on stderr of what was written infinite or NaN, be it that a narrower dtype could not hold it."""
     for where, count in counts.items():
         print(f"note: {where} has {count:,} infinite or NaN values", file=sys.stderr)
 
@@ -56,4 +61,4 @@ def orbax_to_hf(
     if not isinstance(opened, Checkpoint):
         raise InputError(f"{source}: is a Hugging Face folder already, not a checkpoint")
     check_apart(opened.path, destination)
-    _say_non_finite(hf_folder.write(destination, opened, dtype, shard_bytes=shard_bytes, overwrite=overwrite))
+    say_non_finite(hf_folder.write(destination, opened, dtype, shard_bytes=shard_bytes, overwrite=overwrite))

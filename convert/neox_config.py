@@ -82,7 +82,7 @@ def read_config(settings: Settings, sizes: Mapping[str, int]) -> Config:
                 f"tensors do not tell it; {_REMEDY}"
             )
         if values is not None:
-            if value not in values:
+            if not isinstance(value, bool):
                 raise InputError(f"{settings.where(key)}: {key}={value!r}: must be true or false")
             value = values[value]
         model[ours.split(".")[1]] = _number(value)

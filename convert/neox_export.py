@@ -15,9 +15,9 @@ from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from convert import neox_config
-from convert.hf import check_apart
+from convert.hf import check_apart, say_non_finite
 from convert.neox_folder import is_neox, layer_name, place, rank_name
-from polyglot_jax import names, torch_files
+from polyglot_jax import names, store, torch_files
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.families import gpt_neox as tables
@@ -43,8 +43,9 @@ def orbax_to_neox(
     """Write a save folder of GPT-NeoX for `tensor_parallel` ranks from a checkpoint or a run.
 
     form: pipeline for pipe_parallel_size 1 and more, sequential for 0. legacy_names: as in 2022, when Polyglot-Ko was
-    trained. dtype None keeps the source's own. InputError if the model does not divide over the ranks, or as of
-    `files.new_folder`. The disk must have room for the model twice in the sequential form.
+    trained. dtype None keeps the source's own; values that are infinite or NaN in it are counted on stderr. InputError
+    if the model does not divide over the ranks, or as of `files.new_folder`. The disk must have room for the model
+    twice in the sequential form.
     """
     opened = open_source(source)
     if not isinstance(opened, Checkpoint):
@@ -78,6 +79,7 @@ def orbax_to_neox(
         if opened.tokenizer is not None:
             (folder / "tokenizer.json").write_bytes(opened.tokenizer.encode())
         (folder / "latest").write_text(step, encoding="utf-8")
+    say_non_finite(export.non_finite)
 
 
 def _check_divides(config: Config, ranks: int) -> None:
@@ -130,6 +132,8 @@ class _Export:
         """Name of the dtype that most of the model is in."""
         self.checksums: dict[str, dict[str, int]] = {}
         """CRC-32 of each tensor's bytes, by file and name, as files are written."""
+        self.non_finite: dict[str, int] = {}
+        """How many values of which tensors are infinite or NaN, by their names in the sequential form."""
 
     def write(self, folder: Path, form: Form, state: dict[str, Any]) -> None:
         """Write the files of layers and of ranks."""
@@ -185,7 +189,9 @@ class _Export:
         number, alternatives, rule = place(tensor, self._config)
         name = alternatives.split("|")[-1 if self._legacy else 0]
         ours = [self._source.read(path, tensor.layer) for path in tensor.paths]
-        whole = tensor.to_theirs(ours).astype(dtype, copy=False)
+        whole = store.rounded(tensor.to_theirs(ours), dtype)
+        if count := store.count_non_finite(whole):
+            self.non_finite[f"sequential.{number}.{name}"] = count
         yield prefix.format(number) + name, split(whole, rule.split("|")[0], self._ranks)
         if self._legacy and name == "attention.dense.weight":
             buffer = _inverse_frequencies(self._config)

@@ -10,6 +10,7 @@ Files are mapped and ranks merged a tensor at a time: memory does not grow with 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -326,12 +327,18 @@ def _read_modules(
 
 
 def _find_tokenizer(path: Path, folder: Path, settings: Settings) -> str | None:
-    """The text of the tokenizer.json beside the weights, or where the settings say, if it is there."""
-    places = [path / "tokenizer.json", folder / "tokenizer.json"]
-    if settings.get("tokenizer_type") == "HFTokenizer" and isinstance(settings.get("vocab_file"), str):
-        places.append(Path(settings.get("vocab_file")))
-    file = next((place for place in places if place.is_file()), None)
-    return None if file is None else file.read_bytes().decode(errors="replace")
+    """The text of the tokenizer.json beside the weights, or where the settings say, if it is there; else None."""
+    # A link that leads nowhere is there, and cannot be read.
+    places = [place / "tokenizer.json" for place in (path, folder) if os.path.lexists(place / "tokenizer.json")]
+    named = settings.get("vocab_file")
+    if settings.get("tokenizer_type") == "HFTokenizer" and isinstance(named, str) and os.path.isfile(named):
+        places.append(Path(named))
+    if not places:
+        return None
+    try:
+        return places[0].read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{places[0]}: not a tokenizer.json, not even UTF-8; fetch it again") from error
 
 
 def place(tensor: Tensor, config: Config) -> tuple[int, str, str]:

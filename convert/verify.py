@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.hf import orbax_to_hf
-from convert.neox import open_any
+from convert.neox import is_neox, neox_to_orbax, open_any
 from polyglot_jax import store
 from polyglot_jax.config import InputError
-from polyglot_jax.hf_folder import HfFolder, is_hf_folder
+from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.language_model import load
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
@@ -81,27 +81,38 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def logit_differences(a: str, b: str, length: int) -> np.ndarray:
     """float64[length]: the largest |difference| of float32 logits at each position, ours against transformers'.
 
-    Two rows of random tokens. Ours runs `a`; transformers runs `b`, or `a` if only that is a Hugging Face folder, or
-    else an export of `b`. InputError if torch or transformers is not installed.
+    Two rows of random tokens. Ours runs `a` and transformers `b`, or an export of it; the other way round if only `a`
+    is a Hugging Face folder. InputError if torch or transformers is not installed, or if the vocabularies differ.
     """
+    if length < 1:
+        raise InputError(f"--tokens {length}: must be above 0")
     try:
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise InputError("--logits runs transformers beside this: pip install torch transformers") from error
-    ours = load(a, dtype="float32")
-    ids = ours.config.data.valid_ids or ours.config.model.vocab
-    tokens = np.random.default_rng(0).integers(0, ids, (2, min(length, ours.config.model.context)))
-    with tempfile.TemporaryDirectory() as exported:
-        folder = next((Path(open_source(path).path) for path in (b, a) if _is_hf(path)), None)
-        if folder is None:
-            folder = Path(exported, "model")
-            orbax_to_hf(b, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if isinstance(open_any(a), HfFolder) and not isinstance(open_any(b), HfFolder):
+        a, b = b, a
+    with tempfile.TemporaryDirectory() as folder:
+        ours, exported = load(_without_neox(a, Path(folder, "a")), dtype="float32"), _without_neox(b, Path(folder, "b"))
+        source = open_source(exported)
+        if not isinstance(source, HfFolder):
+            orbax_to_hf(exported, Path(folder, "hf"))
+        model, other = ours.config.model, source.config.model
+        if model.vocab != other.vocab:
+            raise InputError(f"{a} has {model.vocab} ids and {b} {other.vocab}: their logits cannot be compared")
+        length = min(length, model.context, other.context)
+        tokens = np.random.default_rng(0).integers(0, ours.config.data.valid_ids or model.vocab, (2, length))
+        where = source.path if isinstance(source, HfFolder) else Path(folder, "hf")
+        theirs = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
         with torch.no_grad():
             reference = theirs(torch.from_numpy(tokens)).logits.numpy()
-    return np.abs(np.asarray(ours.logits(tokens), np.float64) - reference).max(axis=(0, 2))
+        return np.abs(np.asarray(ours.logits(tokens), np.float64) - reference).max(axis=(0, 2))
 
 
-def _is_hf(path: str) -> bool:
-    return is_hf_folder(path) or (not Path(path).exists() and isinstance(open_source(path), HfFolder))
+def _without_neox(path: str, folder: Path) -> str:
+    """`path`, or a checkpoint made at `folder` of the one of GPT-NeoX that is there."""
+    if not is_neox(path):
+        return path
+    neox_to_orbax(path, folder)
+    return str(folder)

@@ -14,6 +14,11 @@ from typing import IO
 from polyglot_jax.config import Config, InputError
 
 
+def beside(path: Path) -> tuple[Path, Path]:
+    """Where a new folder is written before it takes the name `path`, and where what it replaces is put meanwhile."""
+    return path.with_name(f"{path.name}.incomplete"), path.with_name(f"{path.name}.replaced")
+
+
 @contextmanager
 def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a folder beside `path` to write into; renamed to `path` at the end, removed if anything goes wrong.
@@ -24,7 +29,7 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
     one puts it back.
     """
     path = Path(path).resolve()  # where a link leads: the new folder has to be on that disk
-    temporary, old = (path.with_name(f"{path.name}.{state}") for state in ("incomplete", "replaced"))
+    temporary, old = beside(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; name a folder")
     if path.is_mount():

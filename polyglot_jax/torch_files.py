@@ -7,7 +7,10 @@ anything else, so nothing in a file is ever run.
 from __future__ import annotations
 
 import contextlib
+import os
+import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ def load(path: Path, *, with_numpy: bool = False) -> Any:
     try:
         with allowed, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storage classes, in files that are what they are
+            _check_archive(path)
             try:
                 return package.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -61,6 +65,27 @@ def load(path: Path, *, with_numpy: bool = False) -> Any:
         raise InputError(
             f"{path}: refused: it is damaged, or holds more than tensors and plain values ({reason[0]})"
         ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise what zipfile raises if the parts of the zip that `torch.save` writes do not fit together.
+
+    When torch maps a file, one wrong bit of where an entry begins gives another's values, and no error.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return  # written before torch 1.6, or no file of torch's
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                archive.open(entry).close()  # compares its name there with the directory's
+                if entry.filename.endswith(".pkl") and entry.CRC:  # 0: torch was told to leave checksums out
+                    archive.read(entry)
+                file.seek(entry.header_offset + 26)
+                name, extra = struct.unpack("<HH", file.read(4))
+                file.seek(name + extra + entry.file_size, os.SEEK_CUR)
+                # Its descriptor, if it has one; else another entry, or the directory.
+                if file.read(4) not in ([b"PK\x07\x08"] if entry.flag_bits & 8 else [b"PK\x03\x04", b"PK\x01\x02"]):
+                    raise zipfile.BadZipFile(f"{entry.filename} is not where the directory says")
 
 
 def is_tensor(value: Any) -> bool:

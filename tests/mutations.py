@@ -26,7 +26,7 @@ def _mutate(folder: Path, rng: random.Random) -> str:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
         return "nothing is left"
-    texts = [file for file in files if file.suffix == ".json"]
+    texts = [file for file in files if file.suffix in (".json", ".yml")]
     headed = [file for file in files if file.suffix == ".safetensors"]
     kind = rng.choice(("bytes", "bytes", "json", "json", "file"))
     if kind == "json" and (texts or headed):
@@ -85,7 +85,8 @@ def _mutate_file(file: Path, other: Path, rng: random.Random) -> str:
     elif kind == "copy beside":
         name = rng.choice(("tokenizer.json", "manifest.ocdbt", "model.safetensors", "pytorch_model.bin", "config.json",
                            "0", "zarr.json", "_sharding", f"copy{file.suffix}"))  # fmt: skip
-        (file.parent / name).write_bytes(content)
+        if not (file.parent / name).is_dir():  # as an earlier damage may have left it
+            (file.parent / name).write_bytes(content)
         return f"copy to {name}"
     elif kind == "empty":
         file.write_bytes(b"")
@@ -132,7 +133,7 @@ def mutated_text(value: Any, rng: random.Random) -> tuple[str, str]:
         parent = parent[key]
     old, where = parent[last], "/".join(map(str, [*path, last]))
     kind = rng.choice(("replace", "replace", "replace", "near", "delete", "rename", "repeat", "swap"))
-    if kind == "near" and type(old) in (int, float):
+    if kind == "near" and type(old) in (int, float) and abs(old) < 1e300:
         parent[last] = rng.choice((old + 1, old - 1, old * 2, -old, float(old), str(old), [old]))
         return json.dumps(value), f"{where} = {parent[last]!r}"
     if kind == "delete":

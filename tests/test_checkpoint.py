@@ -4,8 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import jax
@@ -14,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tensorstore
+from disks import small_disk
 from runs import bits, make_config
 
 from polyglot_jax import checkpoint, store
@@ -432,14 +431,8 @@ def test_pruning_keeps_the_newest(tmp_path, keep, left):
 # Orbax's threads fail one by one, after the loop they would report to is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_disk_that_is_really_full(tmp_path, config):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "none", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", 700 * 2**10) as disk:
         params, path = random_params(config), disk / "checkpoint"
         save(path, config, params, step=4)
         with pytest.raises(InputError, match=rf"^{disk}/second: the disk is full, nothing was written there"):
@@ -449,8 +442,6 @@ def test_a_disk_that_is_really_full(tmp_path, config):
         assert [item.name for item in disk.iterdir()] == ["checkpoint"]
         assert Checkpoint(path).step == 4
         assert bits(Checkpoint(path).restore_params(abstract_of(params))) == bits(params)
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("name", ["run#1", "q?x", "a%41b", "봄 날"])

@@ -15,160 +15,14 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-import safetensors.torch
-import torch
-from models import model_config, random_tensors, small_tokenizer, to_ours
+from formats import FORMATS, Bits, read_hf, read_neox, read_orbax
 from mutations import mutate
 
-from convert.hf import hf_to_orbax, orbax_to_hf
-from polyglot_jax import checkpoint, store
-from polyglot_jax.config import Config, DataConfig, InputError, TrainConfig
-
-MODEL = model_config(vocab=404, embed=16, heads=2, mlp=24, context=64)
-TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PLAIN = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "model_type": "gpt_neox",
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "hidden_act": "gelu",
-    "hidden_size": 16,
-    "initializer_range": 0.02,
-    "intermediate_size": 24,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 64,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "use_cache": True,
-    "use_parallel_residual": True,
-    "vocab_size": 404,
-}
-Bits = dict[str, tuple[str, tuple[int, ...], bytes]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> str:
-    return small_tokenizer().to_json()
-
-
-def random_weights(dtype: str, model=MODEL, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(array).to(TORCH[dtype]) for key, array in random_tensors(model, seed).items()}
-
-
-def bits(tensors: dict[str, torch.Tensor]) -> Bits:
-    """dtype, shape and bytes of each tensor."""
-    return {
-        key: (
-            str(t.dtype).removeprefix("torch."),
-            tuple(t.shape),
-            t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
-        )
-        for key, t in tensors.items()
-    }
-
-
-# --- Formats: how each is made, and read again without our code ---
-
-
-def write_config(folder: Path, tokenizer: str | None, **changes: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(PLAIN | changes))
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-
-
-def make_safetensors(folder: Path, tokenizer: str) -> None:
-    write_config(folder, tokenizer)
-    safetensors.torch.save_file(random_weights("float32"), folder / "model.safetensors")
-
-
-def in_shards(folder: Path, name: str, weights: dict[str, torch.Tensor], save: Callable) -> None:
-    """Three files and an index; `name` is that of a single file."""
-    stem, suffix = name.split(".")
-    shards = [{}, {}, {}]
-    for i, (key, tensor) in enumerate(weights.items()):
-        shards[i % 3][key] = tensor
-    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": {}}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-00003.{suffix}"
-        save(shard, folder / file)
-        index["weight_map"] |= dict.fromkeys(shard, file)
-    (folder / f"{name}.index.json").write_text(json.dumps(index))
-
-
-def make_safetensors_shards(folder: Path, tokenizer: str) -> None:
-    write_config(folder, tokenizer)
-    in_shards(folder, "model.safetensors", random_weights("bfloat16"), safetensors.torch.save_file)
-
-
-def make_bin(folder: Path, tokenizer: str) -> None:
-    write_config(folder, tokenizer)
-    torch.save(random_weights("float16"), folder / "pytorch_model.bin")
-
-
-def make_bin_shards(folder: Path, tokenizer: str) -> None:
-    write_config(folder, None)
-    in_shards(folder, "pytorch_model.bin", random_weights("float32"), torch.save)
-
-
-OUR_CONFIG = Config(model=MODEL, data=DataConfig(valid_ids=403), train=TrainConfig(sequence_length=64))
-
-
-def make_trained(folder: Path, tokenizer: str) -> None:
-    params = to_ours(MODEL, random_tensors(MODEL, 0))
-    checkpoint.save(folder, OUR_CONFIG, params, tokenizer=tokenizer, step=3)
-
-
-def make_converted(folder: Path, tokenizer: str) -> None:
-    source = folder.with_name("before")
-    make_safetensors(source, tokenizer)
-    hf_to_orbax(str(source), folder)
-    shutil.rmtree(source)
-
-
-def read_hf(folder: Path) -> Bits:
-    """Every tensor of a Hugging Face folder by safetensors or torch; of files, those that transformers takes."""
-    for name, load in (("model.safetensors", safetensors.torch.load_file), ("pytorch_model.bin", _load_bin)):
-        if (folder / name).is_file():
-            return bits(load(folder / name))
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            return {key: value for file in files for key, value in bits(load(folder / file)).items()}
-    raise AssertionError(f"{folder}: no weights")
-
-
-def _load_bin(file: Path) -> dict[str, torch.Tensor]:
-    return torch.load(file, weights_only=True)
-
-
-class Format(NamedTuple):
-    """A format that is converted from. make(folder, text of a tokenizer.json); convert(source, destination);
-    may_differ: whether damaged values may be converted as they stand, having no checksum."""
-
-    make: Callable[[Path, str], None]
-    convert: Callable[[str, Path], object]
-    may_differ: bool
-
-
-FORMATS = {
-    "safetensors": Format(make_safetensors, hf_to_orbax, True),
-    "safetensors in shards": Format(make_safetensors_shards, hf_to_orbax, True),
-    "bin": Format(make_bin, hf_to_orbax, True),
-    "bin in shards": Format(make_bin_shards, hf_to_orbax, True),
-    "trained": Format(make_trained, orbax_to_hf, False),
-    "converted": Format(make_converted, orbax_to_hf, False),
-}
-
+from convert.hf import orbax_to_hf
+from polyglot_jax import store
+from polyglot_jax.config import InputError
 
 # --- What a result must be ---
 
@@ -187,65 +41,54 @@ SETTINGS = {
     "layer_norm_eps": ("norm_eps", 1e-5),
     "initializer_range": ("init_std", 0.02),
 }  # fmt: skip
+NEOX_SETTINGS = {
+    "num_attention_heads": ("heads", None),
+    "max_position_embeddings": ("context", None),
+    "rotary_pct": ("rotary_pct", 1.0),
+    "rotary_emb_base": ("rotary_base", 10000),
+    "layernorm_epsilon": ("norm_eps", 1e-5),
+    "init_method_std": ("init_std", 0.02),
+}
 COMPUTED = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 
 
-def read_orbax(folder: Path) -> Bits:
-    """A checkpoint of ours by Orbax alone, its parameters under Hugging Face's names."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(folder / "params")
-    layers, found = tree["layers"], {}
-
-    def matrix(kernel: np.ndarray, rows: int) -> np.ndarray:
-        """Inputs by outputs, in as many axes as there are -> Hugging Face's outputs by inputs."""
-        return kernel.reshape(rows, -1).T
-
-    embed = tree["embed"]["kernel"].shape[1]
-    found["gpt_neox.embed_in.weight"] = tree["embed"]["kernel"]
-    for number in range(layers["mlp_norm"]["scale"].shape[0]):
-        attention, mlp = layers["attention"], layers["mlp"]
-        name = f"gpt_neox.layers.{number}"
-        for theirs, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")):
-            found[f"{name}.{theirs}.weight"] = layers[ours]["scale"][number]
-            found[f"{name}.{theirs}.bias"] = layers[ours]["bias"][number]
-        # [embed, heads, head_dim] of each of q, k and v; theirs has them side by side in each head.
-        fused = np.stack([attention[part]["kernel"][number] for part in "qkv"], axis=2)
-        found[f"{name}.attention.query_key_value.weight"] = matrix(fused, embed)
-        found[f"{name}.attention.query_key_value.bias"] = np.stack(
-            [attention[part]["bias"][number] for part in "qkv"], axis=1
-        ).reshape(-1)
-        out, up, down = attention["out"], mlp["up"], mlp["down"]
-        for theirs, ours, rows in (("attention.dense", out, embed), ("mlp.dense_h_to_4h", up, embed),
-                                   ("mlp.dense_4h_to_h", down, down["kernel"].shape[1])):  # fmt: skip
-            found[f"{name}.{theirs}.weight"] = matrix(ours["kernel"][number], rows)
-            found[f"{name}.{theirs}.bias"] = ours["bias"][number]
-    found["gpt_neox.final_layer_norm.weight"] = tree["final_norm"]["scale"]
-    found["gpt_neox.final_layer_norm.bias"] = tree["final_norm"]["bias"]
-    if "head" in tree:
-        found["embed_out.weight"] = tree["head"]["kernel"]
-    return {key: (str(array.dtype), array.shape, array.tobytes()) for key, array in found.items()}
-
-
-def check_is_what_stands_there(source: Path, result: Path) -> None:
+def check_hf(source: Path, result: Path) -> None:
     """That a checkpoint holds exactly what is in the Hugging Face folder it was made from."""
-    theirs, ours = read_hf(source), read_orbax(result)
-    plain = json.loads((source / "config.json").read_bytes())
-    left = {key for key in theirs.keys() - ours.keys() if not key.endswith(COMPUTED)}
-    assert left <= ({"embed_out.weight"} if plain.get("tie_word_embeddings") else set())
-    assert ours == {key: theirs[key] for key in ours}
-    config = json.loads((result / "config.json").read_bytes())
+    theirs, plain = read_hf(source), json.loads((source / "config.json").read_bytes())
     rotary = plain.get("rope_parameters") or {}
     plain |= {"rotary_pct": plain.get("rotary_pct", rotary.get("partial_rotary_factor")),
               "rotary_emb_base": plain.get("rotary_emb_base", rotary.get("rope_theta"))}  # fmt: skip
-    for key, (name, default) in SETTINGS.items():
-        value = default if plain.get(key) is None else plain[key]
-        if key == "use_parallel_residual":
-            value = "parallel" if value else "sequential"
-        assert config["model"][name] == value, key
-    tokenizer = source / "tokenizer.json"
-    assert (result / "tokenizer.json").is_file() == tokenizer.is_file()
-    if tokenizer.is_file():
-        assert (result / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    model = {name: default if plain.get(key) is None else plain[key] for key, (name, default) in SETTINGS.items()}
+    model["residual"] = "parallel" if model["residual"] else "sequential"
+    check_holds(result, theirs, model, [source / "tokenizer.json"])
+
+
+def check_neox(source: Path, result: Path) -> None:
+    """The same of a checkpoint of GPT-NeoX."""
+    theirs, plain = read_neox(source)
+    model = {name: plain.get(key, default) for key, (name, default) in NEOX_SETTINGS.items()}
+    model = {name: float(value) if isinstance(value, str) else value for name, value in model.items()}
+    model["residual"] = "parallel" if plain.get("gpt_j_residual") else "sequential"
+    model["activation"] = "gelu_fast" if plain.get("bias_gelu_fusion") else plain.get("activation", "gelu")
+    model["tied"] = not plain.get("no_weight_tying")
+    step = source / (source / "latest").read_text().strip()
+    check_holds(result, theirs, model, [source / "tokenizer.json", step / "tokenizer.json"])
+
+
+def check_of(name: str) -> Callable[[Path, Path], None]:
+    return check_neox if name.startswith("neox") else check_hf
+
+
+def check_holds(result: Path, theirs: Bits, model: dict[str, object], tokenizers: list[Path]) -> None:
+    """That a checkpoint holds these weights under Hugging Face's names, settings and the first of the tokenizers."""
+    ours, config = read_orbax(result), json.loads((result / "config.json").read_bytes())
+    left = {key for key in theirs.keys() - ours.keys() if not key.endswith(COMPUTED)}
+    assert left <= ({"embed_out.weight"} if model["tied"] else set())
+    assert ours == {key: theirs[key] for key in ours}
+    assert {name: config["model"][name] for name in model} == model
+    expected = next((file.read_bytes() for file in tokenizers if file.is_file()), None)
+    tokenizer = result / "tokenizer.json"
+    assert (tokenizer.read_bytes() if tokenizer.is_file() else None) == expected
     # What was made can be converted on.
     back = result.with_name("back")
     orbax_to_hf(str(result), back)
@@ -291,13 +134,13 @@ def limits(seconds: int = 60, gigabytes: int = 4) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory, tokenizer) -> Path:
+def originals(tmp_path_factory) -> Path:
     """An undamaged folder of each format, and what each is converted to."""
     folder = tmp_path_factory.mktemp("originals")
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(store, "CHUNK", 3000)
         for name, format in FORMATS.items():
-            format.make(folder / name, tokenizer)
+            format.make(folder / name)
             format.convert(str(folder / name), folder / f"{name} converted")
     return folder
 
@@ -308,6 +151,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         quick = 200 if count is None else count
         cases = [pytest.param(first + i, marks=[pytest.mark.slow] if i >= quick else []) for i in range(count or 1000)]
         metafunc.parametrize("number", cases)
+
+
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.may_differ])
+def test_undamaged_folders_are_what_stands_there(name, originals, tmp_path):
+    """What random damage is held against reads each format right."""
+    check_of(name)(originals / name, shutil.copytree(originals / f"{name} converted", tmp_path / "result"))
 
 
 def test_random_damage_is_refused_by_name_or_converted_as_it_stands(number, originals, tmp_path):
@@ -328,7 +177,7 @@ def test_random_damage_is_refused_by_name_or_converted_as_it_stands(number, orig
     else:
         try:
             if FORMATS[name].may_differ:
-                check_is_what_stands_there(source, result)
+                check_of(name)(source, result)
             else:
                 assert contents(result) == contents(originals / f"{name} converted")
         except Exception as error:
