@@ -242,7 +242,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         """InputError if `path` holds no checkpoint, a half-written one, a damaged one, or one of another format."""
-        self.path = path = Path(path).absolute()
+        self.path = path = Path(path).resolve()  # TensorStore takes no ".."
         manifest = _read_manifest(path)
         self._files: dict[str, dict[str, Any]] = manifest["files"]
         surplus = sorted(name for name in _files_in(path) if name not in self._files and name != "manifest.json")

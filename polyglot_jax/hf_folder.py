@@ -52,7 +52,9 @@ class HfFolder(Renamed):
         config = names.config_from_theirs(theirs, source=str(path / "config.json"))
         tokenizer = path / "tokenizer.json"
         try:
-            self.tokenizer = tokenizer.read_bytes().decode() if tokenizer.is_file() else None
+            # A link that leads nowhere is there, and cannot be read.
+            there = tokenizer.is_file() or tokenizer.is_symlink()
+            self.tokenizer = tokenizer.read_bytes().decode() if there else None
         except UnicodeDecodeError as error:
             raise InputError(f"{tokenizer}: not a tokenizer.json, not even UTF-8; fetch it again") from error
         files, index = _find(path)
@@ -165,7 +167,7 @@ def _dump(file: Path, value: Any) -> None:
 
 def _write_tokenizer(path: Path, config: Config, tokenizer: str) -> None:
     (path / "tokenizer.json").write_bytes(tokenizer.encode())
-    special = [token["content"] for token in json.loads(tokenizer)["added_tokens"] if token["special"]]
+    special = [token["content"] for token in json.loads(tokenizer).get("added_tokens", ()) if token["special"]]
     # A name the tokenizer lacks would get an id of its own, beyond the model's rows.
     ends = {"eos_token": END, "pad_token": END} if END in special else {}
     _dump(
@@ -223,7 +225,8 @@ def _slabs(
         (slab, tensor.layer, dtype, index) for tensor, dtype in shard for slab, index in tensor.slabs(source.chunk)
     )
     for key, array, count in in_order(read, items):
-        yield array
+        # Before the values go: after the last of a file nobody comes back here.
         progress.update(array.nbytes)
         if count:
             non_finite[key] += count
+        yield array

@@ -52,7 +52,7 @@ def test_relative_paths(verb, source_of, tmp_path, monkeypatch):
     source_of(verb)
     monkeypatch.chdir(tmp_path)
     assert convert(verb, "source", "new/result").status == 0
-    assert convert("verify", "./source", "new/result/").status == 0
+    assert convert("verify", "./source", "new/../new/result").status == 0
 
 
 # --- Sources stay as they are ---
@@ -149,7 +149,7 @@ def test_a_snapshot_of_links_to_blobs(name, originals, tmp_path):
 @pytest.mark.parametrize("name", HF_FORMATS)
 def test_a_link_to_nothing_is_named(name, originals, tmp_path):
     snapshot = as_cache(originals / name, tmp_path / "cache")
-    for link in (link for link in snapshot.iterdir() if link.name != "tokenizer.json"):
+    for link in snapshot.iterdir():
         blob = link.resolve()
         blob.rename(tmp_path / "away")
         before = state(tmp_path)

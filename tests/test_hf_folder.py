@@ -576,3 +576,24 @@ def test_float64_is_refused(ours, tmp_path):
     with pytest.raises(InputError, match="dtype=float64"):
         orbax_to_hf(str(ours), tmp_path / "b", "float64")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+@pytest.mark.parametrize("where", ["head/kernel", "embed/kernel", "final_norm/bias"])
+def test_non_finite_values_are_counted_wherever_they_lie(tmp_path, where, shard_bytes, capsys):
+    """The last value of a tensor, which may be the last of a file."""
+    params = random_params(MODEL, seed=1)
+    checkpoint.flatten(params)[where].flat[-1] = np.nan
+    checkpoint.save(tmp_path / "a", our_config(), params)
+    orbax_to_hf(str(tmp_path / "a"), tmp_path / "b", shard_bytes=shard_bytes)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert line.endswith(" has 1 infinite or NaN values")
+
+
+def test_a_tokenizer_without_added_tokens_is_written(folder, tmp_path, tokenizer):
+    plain = json.loads(tokenizer.to_json())
+    del plain["added_tokens"]
+    (folder / "tokenizer.json").write_text(json.dumps(plain), encoding="utf-8")
+    hf_to_orbax(str(folder), tmp_path / "b")
+    orbax_to_hf(str(tmp_path / "b"), tmp_path / "c")
+    assert (tmp_path / "c" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
