@@ -59,7 +59,7 @@ class _Part(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
+        return torch_files.kind(self.tensor)
 
 
 class NeoxFolder(Renamed):
@@ -288,7 +288,7 @@ def _append(found: dict[tuple[int, str], list[_Part]], key: tuple[int, str], par
         raise InputError(
             f"{part.origin}: {key[1]} is of a layer of Transformer Engine, which this program does not read"
         )
-    if not hasattr(part.tensor, "dtype"):
+    if not torch_files.is_tensor(part.tensor):
         raise InputError(f"{part.origin}: {key[1]} is no tensor; it is not of this model")
     parts.append(part)
 

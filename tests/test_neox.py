@@ -412,6 +412,8 @@ BOTH = add("mlp.dense_4h_to_h.bias", torch.ones(EMBED))
         (3, BOTH, "has both mlp.linear2.bias and mlp.dense_4h_to_h.bias; it is not of this model"),
         (3, add("mlp.linear2.bias", torch.ones(3)), "has shape (3,); the config makes it (32,)"),
         (3, add("mlp.linear2.bias", torch.ones(EMBED).double()), "is float64; weights are"),
+        (3, add("mlp.linear2.bias", torch.ones(EMBED).to_sparse()), "is sparse or without values; weights are"),
+        (3, add("mlp.linear2.bias", torch.ones(EMBED, device="meta")), "is sparse or without values; weights are"),
         (0, add("word_embeddings.weight", torch.ones(EMBED)), "has a weight of shape (32,); a matrix is expected"),
         (2, dict.clear, "holds no tensors by name"),
     ],
@@ -453,6 +455,14 @@ def test_names_outside_the_sequential_form_are_refused(tmp_path):
     refused(folder, f"{rank_file(folder)}: lm_head.weight belongs to no layer")
     edit(rank_file(folder), lambda state: state.update(module=None))
     refused(folder, f"{rank_file(folder)}: holds no weights, and there are no layer files either")
+
+
+def test_an_array_of_numpy_is_no_tensor(tmp_path):
+    """A mp_rank file may hold some, in the state of its random numbers."""
+    folder = reference(tmp_path, form="sequential")
+    array = np.ones(EMBED, np.float32)
+    edit(rank_file(folder), lambda state: state["module"].update({"sequential.2.attention.dense.bias": array}))
+    refused(folder, f"{rank_file(folder)}: attention.dense.bias is no tensor; it is not of this model")
 
 
 def test_folders_that_hold_no_checkpoint_are_refused(tmp_path):
