@@ -144,7 +144,7 @@ def _neox_to_orbax(arguments: Sequence[str]) -> None:
 
 def _orbax_to_neox(arguments: Sequence[str]) -> None:
     command = tyro.cli(OrbaxToNeox, args=arguments, prog="python -m convert orbax-to-neox")
-    from convert.neox import orbax_to_neox
+    from convert.neox_export import orbax_to_neox
 
     with Meter() as meter:
         orbax_to_neox(

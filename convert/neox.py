@@ -1,4 +1,4 @@
-"""GPT-NeoX's own checkpoints to ours and back."""
+"""GPT-NeoX's own checkpoints to ours, and whatever holds weights opened. The way back is `convert.neox_export`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.hf import copy
-from convert.neox_export import orbax_to_neox
-from convert.neox_folder import NeoxFolder, is_neox
+from convert.neox_files import is_neox
+from convert.neox_folder import NeoxFolder
 from polyglot_jax.checkpoint import Checkpoint, Copied
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.weights import open_source
-
-__all__ = ["NeoxFolder", "is_neox", "neox_to_orbax", "open_any", "orbax_to_neox"]
 
 
 def open_any(path: str | Path) -> Checkpoint | HfFolder | NeoxFolder:

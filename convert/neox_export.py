@@ -1,4 +1,4 @@
-"""Writes GPT-NeoX's own checkpoints, for any tensor-parallel size. The files are those of `convert.neox_folder`."""
+"""Writes GPT-NeoX's own checkpoints, for any tensor-parallel size. The files are those of `convert.neox_files`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from convert import neox_config
 from convert.hf import check_apart, say_non_finite
-from convert.neox_folder import is_neox, layer_name, place, rank_name
+from convert.neox_files import is_neox, layer_name, rank_name
+from convert.neox_folder import place
 from polyglot_jax import names, store, torch_files
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError

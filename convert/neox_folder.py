@@ -1,18 +1,11 @@
-"""GPT-NeoX's own checkpoints, read from any tensor-parallel size.
+"""GPT-NeoX's own checkpoints, read from any tensor-parallel size. The files are those of `convert.neox_files`.
 
-    SAVE/latest                                           name of the newest step's folder
-    SAVE/global_stepN/configs/*.yml                       the run's settings
-    SAVE/global_stepN/layer_XX-model_YY-model_states.pt   one layer on one tensor-parallel rank (pipeline form)
-    SAVE/global_stepN/mp_rank_YY_model_states.pt          state of a run; in the sequential form the weights as well
-
-Files are mapped and ranks merged a tensor at a time: memory does not grow with the model.
+They are mapped, and ranks merged a tensor at a time: memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +15,7 @@ import numpy as np
 
 from convert import neox_config
 from convert.neox_config import Settings
+from convert.neox_files import find_tokenizer, layer_files, layer_name, rank_files, rank_name, read_states, step_folder
 from polyglot_jax import names, torch_files
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.families import gpt_neox as tables
@@ -29,22 +23,9 @@ from polyglot_jax.names import Tensor
 from polyglot_jax.safetensors_files import DTYPES
 from polyglot_jax.source import Renamed, Stored
 
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_STEP_FOLDER = re.compile(r"global_step(\d+)")
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 _CHECKED_ARGS = {"num_attention_heads", "max_position_embeddings", "model_parallel_size"}
 _CHECKED_ARGS |= {key for _, key in tables.NEOX_SIZES}
-
-
-def is_neox(path: str | Path) -> bool:
-    """Whether `path` is a step's folder of GPT-NeoX, or a save folder with such steps."""
-    path = Path(path)
-    if not path.is_dir():
-        return False
-    if (path / "latest").is_file() and any(path.glob("global_step*")):
-        return True
-    return any(_LAYER_FILE.fullmatch(item.name) or _RANK_FILE.fullmatch(item.name) for item in path.iterdir())
 
 
 class _Part(NamedTuple):
@@ -72,13 +53,13 @@ class NeoxFolder(Renamed):
         this model's. A mp_rank file that cannot be read is only noted on stderr where the weights are elsewhere.
         """
         path = Path(path)
-        self._folder = folder = _step_folder(path)
+        self._folder = folder = step_folder(path)
         settings = Settings(path)
         configs = (file for kind in ("yml", "yaml", "json") for file in sorted((folder / "configs").glob(f"*.{kind}")))
         for file in map(Path, config_files or configs):
             settings.add_file(file)
-        self._layer_files = _numbered(folder, _LAYER_FILE)
-        states = _read_states(folder, needed=not self._layer_files)
+        self._layer_files = layer_files(folder)
+        states = read_states(folder, needed=not self._layer_files)
         for file, state in states.items():
             arguments = state.get("args")
             if isinstance(arguments, dict):
@@ -86,7 +67,7 @@ class NeoxFolder(Renamed):
         neox_config.refuse_other_models(settings)
         self._parts = self._read_layers(settings) if self._layer_files else _read_modules(folder, states, settings)
         config = neox_config.read_config(settings, self._sizes(settings))
-        self.tokenizer = _find_tokenizer(path, folder, settings)
+        self.tokenizer = find_tokenizer(path, folder, settings)
         self._merged = lru_cache(maxsize=1)(self._merge)  # q, k and v ask for the same one in turn
         self._rules: dict[str, tuple[list[_Part], str]] = {}
         super().__init__(path, config, self._stored(config))
@@ -195,74 +176,6 @@ class NeoxFolder(Renamed):
         return np.concatenate(arrays, axis=0 if rule == "rows" else 1)
 
 
-def _step_folder(path: Path) -> Path:
-    """The folder of a step: `path`, or the newest in it."""
-    latest = path / "latest"
-    if not latest.is_file():
-        if _numbered(path, _LAYER_FILE) or _numbered(path, _RANK_FILE):
-            return path
-        raise InputError(f"{path}: no checkpoint of GPT-NeoX: neither a folder global_stepN nor one with a file latest")
-    name = latest.read_bytes().decode(errors="replace").strip()
-    # A name with a folder in it could lead anywhere.
-    if not name or name != Path(name).name or not (path / name).is_dir():
-        raise InputError(f"{latest}: names {name!r}, which is not there; give the folder global_stepN itself")
-    return path / name
-
-
-def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path]:
-    """The files of a folder whose names match, by the numbers in them."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {tuple(map(int, match.groups())): file for file in files if (match := pattern.fullmatch(file.name))}
-
-
-def layer_name(number: int, rank: int) -> str:
-    return f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
-
-
-def rank_name(rank: int) -> str:
-    return f"mp_rank_{rank:02d}_model_states.pt"
-
-
-def _read_states(folder: Path, *, needed: bool) -> dict[Path, dict[str, Any]]:
-    """What the mp_rank files hold; InputError if they are of different steps."""
-    states, failures = {}, []
-    for file in _numbered(folder, _RANK_FILE).values():
-        try:
-            # NumPy's: the state of its random numbers.
-            states[file] = torch_files.load(file, with_numpy=True)
-            if not isinstance(states[file], dict):
-                raise InputError(f"{file}: no state of a run of GPT-NeoX")
-        except InputError as error:
-            if needed:
-                raise
-            states.pop(file, None)
-            failures.append(error)
-    if failures:
-        others = f" (and {len(failures) - 1} more like it)" if len(failures) > 1 else ""
-        print(f"note: {failures[0]}{others}; weights are elsewhere, but its step is not checked", file=sys.stderr)
-    _check_steps(folder, states)
-    return states
-
-
-def _check_steps(folder: Path, states: dict[Path, dict[str, Any]]) -> None:
-    """The steps of ranks must be the same, and that of the folder's name."""
-    named = _STEP_FOLDER.fullmatch(folder.resolve().name)
-    seen: dict[str, tuple[Any, Path]] = {}
-    for file, state in states.items():
-        given = {key: state[key] for key in ("iteration", "total_iters", "global_steps") if state.get(key) is not None}
-        for key, value in given.items():
-            first, other = seen.setdefault(key, (value, file))
-            if value != first:
-                raise InputError(
-                    f"{file}: {key}={value}, but {first} in {other}: ranks of different steps; take all from one "
-                    "checkpoint"
-                )
-        # Fine-tuning starts anew with iteration, which names the folder, and goes on with DeepSpeed's global_steps.
-        step = next(iter(given.values()), None)
-        if named and step is not None and step != int(named[1]):
-            raise InputError(f"{file}: is of step {step}, in a folder {named[0]}; take all files from one checkpoint")
-
-
 def _ranks(settings: Settings, found: set[int]) -> int:
     """How many tensor-parallel ranks there must be, by the settings or else by the files."""
     ranks = settings.get("model_parallel_size", max(found) + 1)
@@ -304,13 +217,13 @@ def _read_modules(
     folder: Path, states: dict[Path, dict[str, Any]], settings: Settings
 ) -> dict[tuple[int, str], list[_Part]]:
     """(number of the layer, name) -> the tensor on each rank, in the sequential form."""
-    files = _numbered(folder, _RANK_FILE)
+    files = rank_files(folder)
     if not files:
         raise InputError(f"{folder}: has neither layer files nor mp_rank files; fetch it again")
-    ranks = _ranks(settings, {rank for (rank,) in files})
+    ranks = _ranks(settings, set(files))
     found: dict[tuple[int, str], list[_Part]] = {}
     for rank in range(ranks):
-        file = files.get((rank,)) or folder / rank_name(rank)
+        file = files.get(rank) or folder / rank_name(rank)
         if file not in states:
             raise InputError(f"{file}: missing, and the model is split over {ranks} ranks; fetch it again")
         module = states[file].get("module")
@@ -324,21 +237,6 @@ def _read_modules(
                 raise InputError(f"{file}: {key} belongs to no layer; the names of this model are sequential.N.NAME")
             _append(found, (int(match[1]), match[2]), _Part(tensor, str(file)), rank)
     return _complete(found, ranks)
-
-
-def _find_tokenizer(path: Path, folder: Path, settings: Settings) -> str | None:
-    """The text of the tokenizer.json beside the weights, or where the settings say, if it is there; else None."""
-    # A link that leads nowhere is there, and cannot be read.
-    places = [place / "tokenizer.json" for place in (path, folder) if os.path.lexists(place / "tokenizer.json")]
-    named = settings.get("vocab_file")
-    if settings.get("tokenizer_type") == "HFTokenizer" and isinstance(named, str) and os.path.isfile(named):
-        places.append(Path(named))
-    if not places:
-        return None
-    try:
-        return places[0].read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{places[0]}: not a tokenizer.json, not even UTF-8; fetch it again") from error
 
 
 def place(tensor: Tensor, config: Config) -> tuple[int, str, str]:

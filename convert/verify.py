@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.hf import orbax_to_hf
-from convert.neox import is_neox, neox_to_orbax, open_any
+from convert.neox import neox_to_orbax, open_any
+from convert.neox_files import is_neox
 from polyglot_jax import store
 from polyglot_jax.config import InputError
 from polyglot_jax.hf_folder import HfFolder

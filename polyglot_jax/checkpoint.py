@@ -32,6 +32,7 @@ from polyglot_jax.config import Config, InputError
 from polyglot_jax.files import new_folder, read_config
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
+from polyglot_jax.tokenizer import read_text
 
 FORMAT, VERSION = "polyglot-jax-checkpoint", 2
 _DAMAGED = "the checkpoint is damaged, use another one"
@@ -222,15 +223,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def newest(run: str | Path) -> Path | None:
     """The checkpoint of the last step in a run folder, or None."""
-    steps = [folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit()]
-    return max(steps, key=lambda folder: int(folder.name), default=None)
+    return next(reversed(_steps(run)), None)
+
+
+def _steps(run: str | Path) -> list[Path]:
+    """The checkpoints in a run folder, oldest first."""
+    whole = (folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit())
+    return sorted(whole, key=lambda folder: int(folder.name))
 
 
 def prune(run: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of a run (0: none), after a new one is whole."""
     if keep:
-        steps = [folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit()]
-        for folder in sorted(steps, key=lambda folder: int(folder.name))[:-keep]:
+        for folder in _steps(run)[:-keep]:
             shutil.rmtree(folder)
 
 
@@ -256,11 +261,11 @@ class Checkpoint:
             if found != entry["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
                 raise InputError(f"{file}: {state}; {_DAMAGED} (a run takes the one before when {path} is deleted)")
-        self._check(*(name for name in self._files if "/" not in name or ("/c/" not in name and "/d/" not in name)))
+        # Not the arrays' chunks, in folders c (zarr's) or d (OCDBT's): those are checked when they are read.
+        self._check(*(name for name in self._files if "/c/" not in name and "/d/" not in name))
         self.step: int = manifest["step"]
         self.config = read_config(path / "config.json")
-        tokenizer = path / "tokenizer.json"
-        self.tokenizer = tokenizer.read_bytes().decode() if tokenizer.is_file() else None
+        self.tokenizer = read_text(path / "tokenizer.json")
         self.params = {
             name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
             for name, leaf in manifest["params"].items()

@@ -23,7 +23,7 @@ from polyglot_jax.names import Tensor
 from polyglot_jax.parallel import in_order
 from polyglot_jax.safetensors_files import DTYPES, SafetensorsFile
 from polyglot_jax.source import Renamed, Source, Stored
-from polyglot_jax.tokenizer import END
+from polyglot_jax.tokenizer import END, read_text
 
 # In the order transformers looks for them; an index ends in .index.json.
 WEIGHT_FILES = (
@@ -50,13 +50,7 @@ class HfFolder(Renamed):
         path = Path(path)
         theirs = _json(path / "config.json")
         config = names.config_from_theirs(theirs, source=str(path / "config.json"))
-        tokenizer = path / "tokenizer.json"
-        try:
-            # A link that leads nowhere is there, and cannot be read.
-            there = tokenizer.is_file() or tokenizer.is_symlink()
-            self.tokenizer = tokenizer.read_bytes().decode() if there else None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{tokenizer}: not a tokenizer.json, not even UTF-8; fetch it again") from error
+        self.tokenizer = read_text(path / "tokenizer.json")
         files, index = _find(path)
         self._views: dict[str, Any] = {}
         stored: dict[str, Stored] = {}

@@ -6,6 +6,7 @@ Ids at or above `valid_ids` are padding of the model's vocabulary: no text encod
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,17 @@ MASKS = ("<|acc|>", "<|tel|>", "<|rrn|>")
 """What stands for an account number, a telephone number and a resident registration number."""
 FIRST = ("<pad>", "<eos>", END, "<|sep|>")
 """The special tokens before the bytes, at ids 0 to 3; the masks come after the last merge."""
+
+
+def read_text(file: Path) -> str | None:
+    """The exact text of a tokenizer.json, None if it is not there; InputError if it is no text."""
+    if not os.path.lexists(file):  # a link that leads nowhere is there, and cannot be read
+        return None
+    try:
+        # Bytes, because text mode would change line ends, and `to_json` promises the exact text.
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not a tokenizer.json, not even UTF-8; fetch it again") from error
 
 
 class Tokenizer:
@@ -48,12 +60,11 @@ class Tokenizer:
         if file.is_dir():
             file = file / "tokenizer.json"
         try:
-            # Bytes, because text mode would change line ends, and `to_json` promises the exact text.
-            json = file.read_bytes().decode()
+            json = read_text(file)
         except OSError as error:
             raise InputError(f"tokenizer={path}: cannot read {file} ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"tokenizer={path}: {file} is not a tokenizer.json, not even UTF-8") from error
+        if json is None:
+            raise InputError(f"tokenizer={path}: cannot read {file} (No such file or directory)")
         return cls(json, origin=str(file))
 
     @classmethod

@@ -22,7 +22,8 @@ CONVERT = """
 import json, sys
 from convert.hf import hf_to_orbax, orbax_to_hf
 from convert.meter import Meter
-from convert.neox import neox_to_orbax, orbax_to_neox
+from convert.neox import neox_to_orbax
+from convert.neox_export import orbax_to_neox
 
 peaks = {}
 for convert, theirs, ours in ((hf_to_orbax, "hf", "a"), (orbax_to_hf, "a", "b"), (orbax_to_neox, "a", "neox"),

@@ -19,8 +19,11 @@ from neox_checkpoints import EMBED, HEADS, LAYERS, MLP, VOCAB, layer_file, rank_
 import polyglot_jax
 from convert import neox_export
 from convert.__main__ import VERBS
-from convert.neox import NeoxFolder, is_neox, neox_to_orbax, orbax_to_neox
+from convert.neox import neox_to_orbax
 from convert.neox_config import vocab_divisor
+from convert.neox_export import orbax_to_neox
+from convert.neox_files import is_neox
+from convert.neox_folder import NeoxFolder
 from convert.verify import differences
 from polyglot_jax import checkpoint, names, torch_files
 from polyglot_jax.checkpoint import Checkpoint

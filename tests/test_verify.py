@@ -8,7 +8,7 @@ from models import model_config, random_params
 from verbs import convert, without
 
 from convert.hf import hf_to_orbax, orbax_to_hf
-from convert.neox import orbax_to_neox
+from convert.neox_export import orbax_to_neox
 from polyglot_jax import checkpoint
 from polyglot_jax.config import Config, TrainConfig
 

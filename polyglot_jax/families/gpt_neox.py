@@ -67,7 +67,7 @@ DROPPED = (
     "gpt_neox.layers.{}.attention.rotary_emb.inv_freq",
 )
 
-# What follows is GPT-NeoX's own format, read and written by convert/neox.py.
+# What follows is GPT-NeoX's own format, read by convert/neox_folder.py and written by convert/neox_export.py.
 
 # Hugging Face key, {} = layer | number of their layer file | their names (alternatives: current first, then legacy)
 # | what merges tensor-parallel ranks: rows and columns are concatenated; copies are the same on each rank; sums too
