@@ -1,14 +1,20 @@
 """Checkpoints as GPT-NeoX writes them: reference ones, made by its rules from a random model of `transformers`.
 
-They share no code with the program: tensors are named and split by hand.
+They share no code with the program: tensors are named and split by hand. Also what changes one, and what opening it
+then says.
 """
 
 import random
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from convert.neox_folder import NeoxFolder
+from polyglot_jax import names
+from polyglot_jax.config import InputError
 
 LAYERS, HEADS, EMBED, MLP, VOCAB = 2, 4, 32, 64, 512
 STEP = 7
@@ -173,3 +179,29 @@ def layer_file(folder, number, rank=0):
 
 def rank_file(folder, rank=0):
     return folder / f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def edit(file, change):
+    """Rewrite a .pt after `change` has had what is in it."""
+    value = torch.load(file, weights_only=False)
+    change(value)
+    torch.save(value, file)
+
+
+def configure(folder, **changes):
+    """Change settings in run.yml."""
+    file = folder / "configs" / "run.yml"
+    values = yaml.safe_load(file.read_text()) | changes
+    file.write_text(yaml.safe_dump(values))
+
+
+def merged(opened):
+    """Every tensor, by Hugging Face's key."""
+    return {tensor.key: opened.theirs(tensor.key) for tensor in names.tensors(opened.config.model)}
+
+
+def refused(folder, message, **more):
+    """Opening `folder` and reading all of it says `message`."""
+    with pytest.raises(InputError) as error:
+        merged(NeoxFolder(folder, **more))
+    assert message in str(error.value)
