@@ -1,17 +1,16 @@
-"""Hugging Face folders: what we write transformers opens, what they write we read, and neither changes a bit."""
+"""Hugging Face folders: what we write transformers opens, and there and back no bit changes."""
 
 import json
 import shutil
 import zlib
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hf_folders import MODEL, PLAIN, configure, make, raw
 from models import KOREAN, model_config, off_by, random_params, random_tensors, small_tokenizer
 from parity import transformers_model
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
@@ -24,33 +23,7 @@ from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, Tra
 from polyglot_jax.families import gpt_neox
 from polyglot_jax.hf_folder import HfFolder
 
-MODEL = model_config(vocab=512, embed=48, heads=3, mlp=80, context=64)
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-# What Polyglot-Ko's own config.json say besides the sizes.
-PLAIN = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "model_type": "gpt_neox",
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "classifier_dropout": 0.1,
-    "hidden_act": "gelu",
-    "hidden_size": 48,
-    "initializer_range": 0.02,
-    "intermediate_size": 80,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 64,
-    "num_attention_heads": 3,
-    "num_hidden_layers": 2,
-    "num_steps": "global_step320000",
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.29.2",
-    "use_cache": True,
-    "use_parallel_residual": True,
-    "vocab_size": 512,
-}
 
 
 def our_config(model: ModelConfig = MODEL) -> Config:
@@ -79,24 +52,7 @@ def exported(ours):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Hugging Face folder written without our code: config.json as Polyglot-Ko's, one file of tensors."""
-    path = tmp_path / "theirs"
-    path.mkdir()
-    configure(path)
-    save_file(random_tensors(MODEL, seed=2), path / "model.safetensors")
-    return path
-
-
-def configure(path, without=(), **changes):
-    config = {key: value for key, value in PLAIN.items() if key not in without} | changes
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def edit(path, change):
-    """Rewrite the file of tensors after `change` has had them."""
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    return make(tmp_path / "theirs")
 
 
 def contents(path):
@@ -104,19 +60,7 @@ def contents(path):
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def raw(path):
-    """Key -> (dtype, shape, bytes) over all safetensors of a folder, read without our code."""
-    tensors = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="np") as opened:
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                array = opened.get_tensor(key)
-                assert key not in tensors
-                tensors[key] = (str(array.dtype), array.shape, array.tobytes())
-    return tensors
-
-
-# What we write, transformers opens
+# --- What we write, transformers opens ---
 
 
 def test_transformers_opens_an_exported_model(exported, ours):
@@ -188,7 +132,7 @@ def test_transformers_loads_shards(ours, tmp_path, exported):
     assert theirs.state_dict()[name].numpy().tobytes() == one[name][2]
 
 
-# HF -> Orbax -> HF
+# --- Hugging Face -> Orbax -> Hugging Face ---
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -264,240 +208,7 @@ def test_odd_vocabularies_are_kept(tmp_path, vocab):
     assert polyglot_jax.load(tmp_path / "b").logits([[vocab - 1]]).shape == (1, 1, vocab)
 
 
-# verify
-
-
-@pytest.mark.parametrize("bit", [0, 15, 31])
-@pytest.mark.parametrize("key", ["gpt_neox.embed_in.weight", "gpt_neox.layers.1.attention.query_key_value.weight"])
-def test_a_single_flipped_bit_is_found(folder, ours, tmp_path, key, bit):
-    hf_to_orbax(str(folder), tmp_path / "b")
-    assert list(differences(str(folder), str(tmp_path / "b"))) == []
-
-    def flip(tensors):
-        tensors[key].view(np.uint32).reshape(-1)[-1] ^= np.uint32(1 << bit)
-
-    edit(folder, flip)
-    # The last row of the fused tensor is the last of v.
-    where = "layers/attention/v/kernel, layer 1" if "layers" in key else "embed/kernel"
-    for a, b in ((folder, tmp_path / "b"), (tmp_path / "b", folder)):
-        (line,) = differences(str(a), str(b))
-        assert line.startswith(f"{where}: 1 of ")
-
-
-def test_verify_notices_other_dtypes_and_other_models(folder, tmp_path):
-    hf_to_orbax(str(folder), tmp_path / "half", "float16")
-    lines = list(differences(str(folder), str(tmp_path / "half")))
-    assert lines == [f"embed/kernel: float32 in {folder}, float16 in {tmp_path / 'half'}"]
-    hf_to_orbax(str(folder), tmp_path / "b")
-    configure(folder, initializer_range=0.5)
-    assert list(differences(str(folder), str(tmp_path / "b"))) == []  # no weight differs
-    other = model_config(mlp=32, embed=48, heads=3, context=64)
-    checkpoint.save(tmp_path / "other", our_config(other), random_params(other, 0))
-    lines = list(differences(str(tmp_path / "b"), str(tmp_path / "other")))
-    assert any(line.startswith("layers/mlp/up/kernel: (2, ") for line in lines)
-
-
-# Older and newer revisions
-
-
-def test_buffers_of_old_revisions_are_dropped(folder):
-    expected = dict(raw(folder))
-
-    def add_buffers(tensors):
-        for layer in (0, 1):
-            attention = f"gpt_neox.layers.{layer}.attention"
-            tensors[f"{attention}.bias"] = np.tril(np.ones((1, 1, 64, 64), bool))
-            tensors[f"{attention}.masked_bias"] = np.float32([-1e9]).reshape(())
-            tensors[f"{attention}.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-
-    edit(folder, add_buffers)
-    assert len(raw(folder)) == len(expected) + 6
-    hf_to_orbax(str(folder), folder.parent / "b")
-    orbax_to_hf(str(folder.parent / "b"), folder.parent / "c")
-    assert raw(folder.parent / "c") == expected
-
-
-def test_a_tied_head_stored_all_the_same_is_dropped(folder):
-    configure(folder, tie_word_embeddings=True)
-    assert "head/kernel" not in HfFolder(folder).params
-
-
-def test_absent_settings_take_their_defaults(folder):
-    """The first revisions have neither use_parallel_residual nor tie_word_embeddings; transformers is asked too."""
-    absent = ("use_parallel_residual", "tie_word_embeddings", "rotary_pct", "rotary_emb_base", "hidden_act",
-              "layer_norm_eps", "initializer_range", "max_position_embeddings", "eos_token_id")  # fmt: skip
-    configure(folder, without=absent)
-    config = HfFolder(folder).config
-    model = config.model
-    assert (model.residual, model.tied, model.activation) == ("parallel", False, "gelu")
-    assert (model.rotary_pct, model.rotary_base, model.norm_eps, model.init_std) == (0.25, 10000.0, 1e-5, 0.02)
-    assert (model.context, config.data.eos_id) == (2048, 2)
-    theirs = AutoModelForCausalLM.from_pretrained(folder).config
-    assert theirs.use_parallel_residual
-    assert theirs.rope_parameters["partial_rotary_factor"] == 0.25
-    assert (theirs.max_position_embeddings, theirs.eos_token_id, theirs.tie_word_embeddings) == (2048, 2, False)
-
-
-def test_an_end_of_text_that_is_id_0(folder):
-    configure(folder, eos_token_id=0)
-    assert HfFolder(folder).config.data.eos_id == 0
-
-
-ROPE = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rotary_pct": 0.5, "rotary_emb_base": 5000},
-        {"rope_parameters": ROPE},
-        {"rope_parameters": ROPE, "rotary_pct": 0.5, "rotary_emb_base": 5000},
-        {"rope_parameters": None, "rope_scaling": None, "rotary_pct": 0.5, "rotary_emb_base": 5000},
-    ],
-)
-def test_rotary_settings_old_and_new(folder, changes):
-    configure(folder, without=("rotary_pct", "rotary_emb_base"), **changes)
-    model = HfFolder(folder).config.model
-    assert (model.rotary_pct, model.rotary_base) == (0.5, 5000.0)
-    tokens = np.arange(40)[None]
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.from_numpy(tokens)).logits
-    assert off_by(polyglot_jax.load(folder, dtype=jnp.float32).logits(tokens), expected) <= 1e-5
-
-
-# What is refused, by name
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"attention_bias": None}, "model.attention_bias=None: must be of type bool"),
-        ({"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}, "rope_parameters"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type='linear': "),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={'type': 'linear'"),
-        ({"rope_parameters": ROPE},
-         "rotary_emb_base=10000 and rope_parameters.rope_theta=5000.0 contradict each other"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.25}},
-         "rotary_pct=0.5 and rope_parameters.partial_rotary_factor=0.25 contradict each other"),
-        ({"sliding_window": 4096}, "sliding_window=4096: unknown setting"),
-        ({"use_parallel_residual": "yes"}, "use_parallel_residual='yes': must be one of True, False"),
-        ({"hidden_act": "silu"}, "model.activation='silu': must be one of "),
-        ({"rotary_pct": 0.2}, "model.rotary_pct=0.2: gives 3 rotary dimensions"),
-        ({"hidden_size": "48"}, "model.embed='48': must be of type int"),
-        ({"num_attention_heads": 5}, "model.heads=5: does not divide model.embed=48"),
-        ({"model_type": "llama"}, "model_type='llama': not an architecture this project has"),
-    ],
-)  # fmt: skip
-def test_settings_refused(folder, changes, message):
-    configure(folder, **changes)
-    with pytest.raises(InputError) as error:
-        HfFolder(folder)
-    assert message in str(error.value)
-    assert str(folder / "config.json") in str(error.value)
-
-
-def test_a_config_without_model_type_is_refused(folder):
-    configure(folder, without=["model_type"])
-    with pytest.raises(InputError, match=r"config\.json: has no model_type"):
-        HfFolder(folder)
-
-
-def remove_bias(tensors):
-    del tensors["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"]
-
-
-def add_weight(tensors):
-    tensors["gpt_neox.layers.1.attention.gate.weight"] = np.ones(3, np.float32)
-
-
-def add_layer(tensors):
-    tensors["gpt_neox.layers.2.attention.dense.bias"] = np.ones(48, np.float32)
-
-
-def transpose(tensors):
-    key = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
-    tensors[key] = np.ascontiguousarray(tensors[key].T)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (remove_bias, "gpt_neox.layers.1.mlp.dense_4h_to_h.bias is missing"),
-        (add_weight, "gpt_neox.layers.1.attention.gate.weight belongs to no weight of this model (1 such"),
-        (add_layer, "gpt_neox.layers.2.attention.dense.bias belongs to no weight of this model"),
-        (transpose, "gpt_neox.layers.0.mlp.dense_h_to_4h.weight has shape (48, 80); the config makes it (80, 48)"),
-    ],
-)
-def test_tensors_refused(folder, change, message):
-    edit(folder, change)
-    with pytest.raises(InputError) as error:
-        HfFolder(folder)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("left", [0, 5, 500, -1])
-def test_truncated_safetensors_are_refused(folder, left):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(InputError, match=r"model\.safetensors: damaged or not safetensors"):
-        HfFolder(folder)
-
-
-@pytest.fixture
-def shards(ours, tmp_path):
-    orbax_to_hf(str(ours), tmp_path / "shards", shard_bytes=60_000)
-    return tmp_path / "shards"
-
-
-def test_an_index_naming_a_missing_file_is_refused(shards):
-    file = sorted(shards.glob("*.safetensors"))[1]
-    file.unlink()
-    with pytest.raises(InputError, match=r"model-00002-of-\d+\.safetensors: missing, though the index names it"):
-        HfFolder(shards)
-
-
-def test_an_index_naming_a_missing_tensor_is_refused(shards):
-    file = shards / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    first, last = index["weight_map"]["gpt_neox.embed_in.weight"], index["weight_map"]["embed_out.weight"]
-    assert first != last
-    index["weight_map"]["gpt_neox.embed_in.weight"] = last
-    file.write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"gpt_neox\.embed_in\.weight is missing, though"):
-        HfFolder(shards)
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": 3}', "{"])
-def test_a_damaged_index_is_refused(shards, text):
-    (shards / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: "):
-        HfFolder(shards)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_folder_without_a_file_is_refused(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(InputError, match=str(folder)) as error:
-        HfFolder(folder)
-    assert name in str(error.value)
-
-
-def test_what_is_no_model_is_refused(tmp_path, ours, folder):
-    (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", tmp_path / "absent"):
-        with pytest.raises(InputError, match=str(path)):
-            polyglot_jax.load(path)
-    with pytest.raises(InputError, match="is a checkpoint already"):
-        hf_to_orbax(str(ours), tmp_path / "b")
-    with pytest.raises(InputError, match="is a Hugging Face folder already"):
-        orbax_to_hf(str(folder), tmp_path / "b")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json: not JSON"):
-        HfFolder(folder)
-    assert not (tmp_path / "b").exists()
-
-
-# The destination
+# --- The destination ---
 
 
 @pytest.mark.parametrize("direction", ["to orbax", "to hf"])
@@ -553,41 +264,10 @@ def test_a_failed_export_leaves_nothing_behind(ours, exported, tmp_path, overwri
     assert [path.name for path in tmp_path.iterdir()] == (["there"] if overwrite else [])
 
 
-def test_a_full_disk_is_an_input_error(ours, tmp_path):
-    source = Checkpoint(ours)
-
-    def read(*_):
-        raise OSError(28, "No space left on device")
-
-    source.read = read
-    with pytest.raises(InputError, match="the disk is full"):
-        hf_folder.write(tmp_path / "there", source)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_source_leaves_nothing_behind(folder, tmp_path):
-    edit(folder, remove_bias)
-    with pytest.raises(InputError):
-        hf_to_orbax(str(folder), tmp_path / "b")
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
-
-
 def test_float64_is_refused(ours, tmp_path):
     with pytest.raises(InputError, match="dtype=float64"):
         orbax_to_hf(str(ours), tmp_path / "b", "float64")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-@pytest.mark.parametrize("where", ["head/kernel", "embed/kernel", "final_norm/bias"])
-def test_non_finite_values_are_counted_wherever_they_lie(tmp_path, where, shard_bytes, capsys):
-    """The last value of a tensor, which may be the last of a file."""
-    params = random_params(MODEL, seed=1)
-    checkpoint.flatten(params)[where].flat[-1] = np.nan
-    checkpoint.save(tmp_path / "a", our_config(), params)
-    orbax_to_hf(str(tmp_path / "a"), tmp_path / "b", shard_bytes=shard_bytes)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert line.endswith(" has 1 infinite or NaN values")
 
 
 def test_a_tokenizer_without_added_tokens_is_written(folder, tmp_path, tokenizer):

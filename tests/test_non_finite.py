@@ -64,3 +64,14 @@ def test_every_verb_narrows_alike(sources, tmp_path, dtype):
     for verb, source in sources.items():
         convert(verb, source, tmp_path / verb, "--dtype", dtype)
         assert convert("verify", tmp_path / verb, tmp_path / "hf-to-orbax").status == 0
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 10_000])
+@pytest.mark.parametrize("where", ["head/kernel", "embed/kernel", "final_norm/bias"])
+def test_the_last_value_of_a_tensor_counts(tmp_path, where, shard_bytes):
+    """It may be the last of a file."""
+    params = random_params(MODEL, seed=1)
+    checkpoint.flatten(params)[where].flat[-1] = np.nan
+    checkpoint.save(tmp_path / "a", Config(model=MODEL, train=TrainConfig(sequence_length=64)), params)
+    (line,) = convert("orbax-to-hf", tmp_path / "a", tmp_path / "b", "--shard-bytes", str(shard_bytes)).err
+    assert line.startswith("note: ") and line.endswith(" has 1 infinite or NaN values")

@@ -1,10 +1,13 @@
 """`convert verify`: the same weights in any two formats, what differs by name, and what the logits say."""
 
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
 from models import model_config, random_params
+from safetensors.numpy import load_file, save_file
 from verbs import convert, without
 
 from convert.hf import hf_to_orbax, orbax_to_hf
@@ -75,6 +78,29 @@ def test_another_model_is_named(models, a, b):
     done = convert("verify", first, second)
     assert f"layers/mlp/up/kernel: (2, 32, 48) in {first}, (3, 32, 48) in {second}" in done.out
     assert len(done.out) == 16 and done.error.endswith("differ in 16 places")
+
+
+@pytest.mark.parametrize("bit", [0, 15, 31])
+@pytest.mark.parametrize("key, where", [
+    ("gpt_neox.embed_in.weight", "embed/kernel"),
+    ("gpt_neox.layers.1.attention.query_key_value.weight", "layers/attention/v/kernel, layer 1"),
+])  # fmt: skip
+def test_a_single_flipped_bit_is_named(models, tmp_path, key, where, bit):
+    """Of the last value; in the fused tensor that is the last of v."""
+    first, second = models / "same" / "checkpoint", shutil.copytree(models / "same" / "hf", tmp_path / "hf")
+    tensors = load_file(second / "model.safetensors")
+    tensors[key].view(np.uint32).reshape(-1)[-1] ^= np.uint32(1 << bit)
+    save_file(tensors, second / "model.safetensors")
+    for a, b in ((first, second), (second, first)):
+        (line,) = convert("verify", a, b).out
+        assert line.startswith(f"{where}: 1 of ")
+
+
+def test_settings_are_no_weights(models, tmp_path):
+    first, second = models / "same" / "checkpoint", shutil.copytree(models / "same" / "hf", tmp_path / "hf")
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    assert convert("verify", first, second).status == 0
 
 
 def logits(done):
