@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HfToOrbax:
-    """Make a checkpoint from a Hugging Face model folder (safetensors), or from a name on the hub."""
+    """Make a checkpoint from a Hugging Face model folder (safetensors; .bin with torch), or from a name on the hub."""
 
     source: tyro.conf.Positional[str]
     """The folder, or the name: owner/model, or owner/model@revision."""
@@ -74,7 +74,8 @@ class OrbaxToNeox:
     tensor_parallel: int
     """Ranks to split each layer over: GPT-NeoX's model_parallel_size."""
     form: Literal["pipeline", "sequential"] = "pipeline"
-    """pipeline: a file for each layer, for pipe_parallel_size 1 and more; sequential: a file for each rank, for 0."""
+    """pipeline: a file for each layer, for pipe_parallel_size 1 and more; sequential: a file for each rank, for 0,
+    and room on the disk for the model twice."""
     legacy_names: bool = False
     """Name tensors as GPT-NeoX did in 2022: mlp.dense_h_to_4h, not mlp.linear1."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

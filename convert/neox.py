@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.hf import copy
+from convert.conversion import to_checkpoint
 from convert.neox_files import is_neox
 from convert.neox_folder import NeoxFolder
 from polyglot_jax.checkpoint import Checkpoint, Copied
@@ -29,4 +29,4 @@ def neox_to_orbax(
 ) -> Copied:
     """Write a checkpoint from GPT-NeoX's; dtype None keeps the source's own. `config_files`: as of NeoxFolder."""
     folder = NeoxFolder(source, config_files)
-    return copy(folder, destination, dtype, overwrite=overwrite)
+    return to_checkpoint(folder, destination, dtype, overwrite=overwrite)

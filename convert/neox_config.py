@@ -11,7 +11,7 @@ import yaml
 from polyglot_jax.config import Config, InputError, ModelConfig, from_plain, padded
 from polyglot_jax.families import gpt_neox as tables
 
-_REMEDY = "pass the .yml files of its run with --config"
+REMEDY = "pass the .yml files of its run with --config"
 
 
 class Settings:
@@ -62,7 +62,7 @@ class Settings:
         if self.get(key, found) != found:
             raise InputError(
                 f"{self.where(key)}: {key}={self.get(key)!r}, but {self._path} has {found}: these are not its "
-                f"settings; {_REMEDY}"
+                f"settings; {REMEDY}"
             )
 
 
@@ -79,7 +79,7 @@ def read_config(settings: Settings, sizes: Mapping[str, int]) -> Config:
         if value is None:
             raise InputError(
                 f"{settings.where(key)}: {key} is in no .yml of the checkpoint nor in its mp_rank files, and the "
-                f"tensors do not tell it; {_REMEDY}"
+                f"tensors do not tell it; {REMEDY}"
             )
         if values is not None:
             if not isinstance(value, bool):
@@ -117,7 +117,7 @@ def refuse_other_models(settings: Settings) -> None:
         if isinstance(value, dict):  # such as soft_prompt_tuning
             value = value.get("enabled", False)
         if value != only:
-            remedy = "" if settings.get(key) is not None else f"; no file sets {key}, so that is its default; {_REMEDY}"
+            remedy = "" if settings.get(key) is not None else f"; no file sets {key}, so that is its default; {REMEDY}"
             raise InputError(
                 f"{settings.where(key)}: {key}={value!r}: this model is implemented for {only!r} only{remedy}"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from convert import neox_config
-from convert.hf import check_apart, say_non_finite
+from convert.conversion import check_apart, say_non_finite
 from convert.neox_files import is_neox, layer_name, rank_name
 from convert.neox_folder import place
 from polyglot_jax import names, store, torch_files
@@ -24,8 +23,7 @@ from polyglot_jax.config import Config, InputError
 from polyglot_jax.families import gpt_neox as tables
 from polyglot_jax.files import new_folder, write_checksums
 from polyglot_jax.names import Tensor
-from polyglot_jax.safetensors_files import DTYPES
-from polyglot_jax.source import Source
+from polyglot_jax.source import Outgoing, Source, to_write
 from polyglot_jax.weights import open_source, read_tokenizer
 
 Form = Literal["pipeline", "sequential"]
@@ -57,8 +55,6 @@ def orbax_to_neox(
         raise InputError(f"{source}: is a {kind} model; GPT-NeoX's checkpoints hold {tables.MODEL_TYPE} models only")
     _check_divides(config, tensor_parallel)
     ids = tokenizer.valid_ids if tokenizer else config.data.valid_ids or config.model.vocab
-    if dtype is not None and np.dtype(dtype) not in DTYPES.values():
-        raise InputError(f"dtype={dtype}: checkpoints are written in float32, float16 or bfloat16")
     export = _Export(opened, config, tensor_parallel, dtype, legacy_names=legacy_names)
     target = Path(destination).resolve()
     check_apart(opened.path, target)
@@ -122,14 +118,7 @@ class _Export:
 
     def __init__(self, source: Source, config: Config, ranks: int, dtype: Any, *, legacy_names: bool):
         self._source, self._config, self._ranks, self._legacy = source, config, ranks, legacy_names
-        self._tensors = [
-            (tensor, np.dtype(dtype or source.params[tensor.paths[0]].dtype)) for tensor in names.tensors(config.model)
-        ]
-        sizes: Counter[str] = Counter()
-        for tensor, kind in self._tensors:
-            sizes[kind.name] += math.prod(tensor.shape) * kind.itemsize
-        self._bytes = sizes.total()
-        self.common_dtype = sizes.most_common(1)[0][0]
+        self._tensors, self.common_dtype = to_write(source, dtype)
         """Name of the dtype that most of the model is in."""
         self.checksums: dict[str, dict[str, int]] = {}
         """CRC-32 of each tensor's bytes, by file and name, as files are written."""
@@ -139,10 +128,11 @@ class _Export:
     def write(self, folder: Path, form: Form, state: dict[str, Any]) -> None:
         """Write the files of layers and of ranks."""
 
-        def number(item: tuple[Tensor, np.dtype]) -> int:
-            return place(item[0], self._config)[0]
+        def number(outgoing: Outgoing) -> int:
+            return place(outgoing.tensor, self._config)[0]
 
-        with tqdm(total=self._bytes, unit="B", unit_scale=True, desc=f"writing {folder.name}") as progress:
+        total = sum(tensor.nbytes for tensor in self._tensors)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {folder.name}") as progress:
             if form == "pipeline":
                 for layer, group in itertools.groupby(self._tensors, number):
                     with self._spooled(folder, group, "", progress) as modules:
@@ -162,25 +152,25 @@ class _Export:
 
     @contextlib.contextmanager
     def _spooled(
-        self, folder: Path, tensors: Iterable[tuple[Tensor, np.dtype]], prefix: str, progress: tqdm
+        self, folder: Path, tensors: Iterable[Outgoing], prefix: str, progress: tqdm
     ) -> Iterator[list[dict[str, Any]]]:
         """For each rank its torch tensors by name, mapped from files that are gone afterwards.
 
         torch.save wants all tensors of a file at once; as maps of a file they take no memory of their own.
         """
         files = [folder / f"rank_{rank}.spool" for rank in range(self._ranks)]
-        written: list[list[tuple[str, tuple[int, ...], np.dtype, int]]] = [[] for _ in files]
+        places: list[list[tuple[str, tuple[int, ...], np.dtype, int]]] = [[] for _ in files]
         with contextlib.ExitStack() as stack:
             spools = [stack.enter_context(open(file, "wb")) for file in files]
-            for tensor, dtype in tensors:
-                for name, parts in self._split(tensor, dtype, prefix):
-                    for table, spool, part in zip(written, spools, parts, strict=True):
+            for outgoing in tensors:
+                for name, parts in self._split(*outgoing, prefix):
+                    for table, spool, part in zip(places, spools, parts, strict=True):
                         spool.write(bytes(-spool.tell() % 64))
                         table.append((name, part.shape, part.dtype, spool.tell()))
                         spool.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-                progress.update(math.prod(tensor.shape) * dtype.itemsize)
+                progress.update(outgoing.nbytes)
         try:
-            yield [_mapped(file, table) for file, table in zip(files, written, strict=True)]
+            yield [_mapped(file, table) for file, table in zip(files, places, strict=True)]
         finally:
             for file in files:
                 file.unlink()

@@ -21,7 +21,7 @@ from polyglot_jax.config import Config, InputError
 from polyglot_jax.families import gpt_neox as tables
 from polyglot_jax.names import Tensor
 from polyglot_jax.safetensors_files import DTYPES
-from polyglot_jax.source import Renamed, Stored
+from polyglot_jax.source import Renamed, Stored, bits
 
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 _CHECKED_ARGS = {"num_attention_heads", "max_position_embeddings", "model_parallel_size"}
@@ -146,8 +146,7 @@ class NeoxFolder(Renamed):
             origin, key = parts[0].origin, f"gpt_neox.layers.{number - 2}.{name}"
             if name == tables.NEOX_WEIGHTS[-1][2] and config.model.tied:
                 raise InputError(
-                    f"{origin}: {name} is there, but no_weight_tying is false or in no .yml; pass the .yml files of "
-                    "its run with --config"
+                    f"{origin}: {name} is there, but no_weight_tying is false or in no .yml; {neox_config.REMEDY}"
                 )
             if not names.is_dropped(key, config.model):
                 raise InputError(f"{origin}: {name} belongs to no weight of this model; it is of another kind")
@@ -165,7 +164,7 @@ class NeoxFolder(Renamed):
             return arrays[0]
         if rule == "copy":
             for part, array in zip(parts, arrays, strict=True):
-                if not np.array_equal(_bits(array), _bits(arrays[0])):
+                if not np.array_equal(bits(array), bits(arrays[0])):
                     raise InputError(
                         f"{part.origin}: its part of {key} differs from the copy in {parts[0].origin}, though ranks "
                         "share it; take all ranks from one checkpoint"
@@ -262,10 +261,6 @@ def _merged_shape(parts: Sequence[_Part], rule: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")
-
-
 def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """In float32, rounded once. What is alone, because the others are -0.0, keeps its bits, those of a NaN too."""
     first, *others = arrays
@@ -274,6 +269,6 @@ def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
         for other in others:
             total += other.astype(np.float32)
         summed = total.astype(first.dtype)
-    nothing = _bits(np.full((), -0.0, first.dtype))
-    alone = np.all([_bits(other) == nothing for other in others], axis=0)
-    return np.where(alone, _bits(first), _bits(summed)).view(first.dtype)
+    nothing = bits(np.full((), -0.0, first.dtype))
+    alone = np.all([bits(other) == nothing for other in others], axis=0)
+    return np.where(alone, bits(first), bits(summed)).view(first.dtype)

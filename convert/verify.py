@@ -17,7 +17,7 @@ from polyglot_jax.config import InputError
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.language_model import load
 from polyglot_jax.parallel import in_order
-from polyglot_jax.source import Source
+from polyglot_jax.source import Source, bits
 from polyglot_jax.weights import open_source
 
 _STEP = 2**22  # values compared at a time
@@ -60,7 +60,7 @@ def _compare(first: Source, second: Source, name: str, layer: int | None) -> tup
     for start in range(0, shape[0], rows):
         index = (slice(start, min(start + rows, shape[0])),)
         ours, theirs = (source.read(name, layer, index) for source in (first, second))
-        differ = _bits(ours) != _bits(theirs)
+        differ = bits(ours) != bits(theirs)
         if differ.any():
             if at is None:
                 at = tuple(map(int, np.argwhere(differ)[0]))
@@ -72,11 +72,6 @@ def _compare(first: Source, second: Source, name: str, layer: int | None) -> tup
     where = name if layer is None else f"{name}, layer {layer}"
     line = f"{where}: {count:,} of {int(np.prod(shape)):,} values differ, first {at}: {values[0]} and {values[1]}"
     return line, size
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    """The values as unsigned integers, so that NaNs and zeros of either sign compare as they are stored."""
-    return array.view(f"u{array.dtype.itemsize}")
 
 
 def logit_differences(a: str, b: str, length: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and configs read from files."""
+"""Folders that appear whole or not at all; values, checksums and configs in files."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ views of mapped files and by slabs of a tensor: memory does not grow with the mo
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from polyglot_jax.files import new_folder, write_checksums
 from polyglot_jax.names import Tensor
 from polyglot_jax.parallel import in_order
 from polyglot_jax.safetensors_files import DTYPES, SafetensorsFile
-from polyglot_jax.source import Renamed, Source, Stored
+from polyglot_jax.source import Outgoing, Renamed, Source, Stored, to_write
 from polyglot_jax.tokenizer import END, read_text
 
 # In the order transformers looks for them; an index ends in .index.json.
@@ -130,16 +129,8 @@ def write(
     dtype: float32, float16 or bfloat16; None: of each parameter its own. The folder appears when it is whole;
     InputError if it exists (unless `overwrite`). Returns how many values of which tensors are infinite or NaN.
     """
-    tensors = [
-        (tensor, np.dtype(dtype or source.params[tensor.paths[0]].dtype))
-        for tensor in names.tensors(source.config.model)
-    ]
-    sizes = Counter()
-    for tensor, kind in tensors:
-        if kind not in DTYPES.values():
-            raise InputError(f"dtype={kind}: Hugging Face folders are written in float32, float16 or bfloat16")
-        sizes[kind.name] += _bytes(tensor, kind)
-    config = names.config_to_theirs(source.config, sizes.most_common(1)[0][0])
+    tensors, common_dtype = to_write(source, dtype)
+    config = names.config_to_theirs(source.config, common_dtype)
     with new_folder(path, is_hf_folder, overwrite=overwrite) as folder:
         non_finite = _write_shards(folder, source, tensors, shard_bytes)
         if source.tokenizer is not None:
@@ -149,10 +140,6 @@ def write(
         )
         _dump(folder / "config.json", config)  # with it the folder is a model, so it comes last
     return non_finite
-
-
-def _bytes(tensor: Tensor, dtype: np.dtype) -> int:
-    return math.prod(tensor.shape) * dtype.itemsize
 
 
 def _dump(file: Path, value: Any) -> None:
@@ -178,14 +165,12 @@ def _write_tokenizer(path: Path, config: Config, tokenizer: str) -> None:
     _dump(path / "special_tokens_map.json", {"additional_special_tokens": special, **ends})
 
 
-def _write_shards(
-    path: Path, source: Source, tensors: list[tuple[Tensor, np.dtype]], shard_bytes: int
-) -> dict[str, int]:
+def _write_shards(path: Path, source: Source, tensors: list[Outgoing], shard_bytes: int) -> dict[str, int]:
     """Files of at most `shard_bytes` (or one tensor), and the index when there are several; returns as `write`."""
-    total = sum(_bytes(*tensor) for tensor in tensors)
-    shards: list[list[tuple[Tensor, np.dtype]]] = [[]]
+    total = sum(tensor.nbytes for tensor in tensors)
+    shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(_bytes(*other) for other in shards[-1]) + _bytes(*tensor) > shard_bytes:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
     weight_map, checksums = {}, {}
@@ -204,9 +189,7 @@ def _write_shards(
     return dict(non_finite)
 
 
-def _slabs(
-    source: Source, shard: list[tuple[Tensor, np.dtype]], progress: tqdm, non_finite: Counter[str]
-) -> Iterator[np.ndarray]:
+def _slabs(source: Source, shard: list[Outgoing], progress: tqdm, non_finite: Counter[str]) -> Iterator[np.ndarray]:
     """The values of a shard's tensors, slab by slab, read ahead by a few threads; counts infs and NaNs by key."""
 
     def read(item: tuple[Tensor, int | None, np.dtype, tuple[slice, ...]]) -> tuple[str, np.ndarray, int]:

@@ -84,7 +84,8 @@ def _one_id(ids: Any, model: Mapping[str, Any]) -> Any:
     return ids[0] if isinstance(ids, list) else ids
 
 
-# Names of more than a dict can say -> (their value, our model's fields so far -> ours; our value, our model -> theirs).
+# What a table's dict cannot say, by the name the tables have for it: to ours, from their value and the fields of our
+# model that stand above it in the table; to theirs, from our value and our model.
 CONVERSIONS: dict[str, tuple[Callable[[Any, Mapping[str, Any]], Any], Callable[[Any, ModelConfig], Any]]] = {
     "4 x embed if null": (_four_widths_if_null, lambda mlp, model: mlp),
     "dims of a head": (_share_of_a_head, lambda share, model: model.rotary_dims),
@@ -174,7 +175,11 @@ def config_to_theirs(config: Config, dtype: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of theirs and the leaves of ours it holds: usually one; q, k and v in a fused one."""
+    """One tensor of theirs and the leaves of ours it holds: usually one; q, k and v in a fused one.
+
+    key: its name among theirs; paths: the leaves' names; layer: which, if there is one for each; left, right: its axes
+    in their file and in ours, einops' words, "part" being the axis of `paths`; sizes: of those axes.
+    """
 
     key: str
     paths: tuple[str, ...]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,6 +40,40 @@ class Stored(NamedTuple):
     dtype: np.dtype | None
     kind: str
     file: str
+
+
+class Outgoing(NamedTuple):
+    """A tensor of theirs, and the dtype it is written in."""
+
+    tensor: Tensor
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.tensor.shape) * self.dtype.itemsize
+
+
+def to_write(source: Source, dtype: Any = None) -> tuple[list[Outgoing], str]:
+    """Every tensor of theirs, in the order of their files, and the name of the dtype that most bytes are in.
+
+    dtype: that of all; None: of each parameter its own. InputError if it is none that weights are written in, or if
+    none of their architectures computes what the model does.
+    """
+    outgoing = [
+        Outgoing(tensor, np.dtype(dtype or source.params[tensor.paths[0]].dtype))
+        for tensor in tensors(source.config.model)
+    ]
+    sizes: Counter[str] = Counter()
+    for each in outgoing:
+        sizes[each.dtype.name] += each.nbytes
+    if other := sizes.keys() - {"float32", "float16", "bfloat16"}:
+        raise InputError(f"dtype={min(other)}: weights are written in float32, float16 or bfloat16")
+    return outgoing, sizes.most_common(1)[0][0]
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The values as unsigned integers, so that NaNs and zeros of either sign compare as they are stored."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 class Leaf(NamedTuple):
