@@ -42,7 +42,7 @@ class OrbaxToHf:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights written; none: as they are."""
     shard_bytes: int = 10**9
-    """Largest size of one safetensors file."""
+    """Largest size of one safetensors file (a tensor is never cut)."""
     overwrite: bool = False
     """Replace what is at the destination."""
 
@@ -163,7 +163,7 @@ def _orbax_to_neox(arguments: Sequence[str]) -> None:
 
 def _verify(arguments: Sequence[str]) -> None:
     command = tyro.cli(Verify, args=arguments, prog="python -m convert verify")
-    from convert.verify import differences, logit_differences
+    from convert.verify import differences, logit_differences, other_settings
 
     lines = list(differences(command.a, command.b))
     for line in lines[:20]:
@@ -171,12 +171,17 @@ def _verify(arguments: Sequence[str]) -> None:
     if len(lines) > 20:
         print(f"... and {len(lines) - 20} more")
     if command.logits:
+        found = logit_differences(command.a, command.b, command.tokens)
         print("position  max |difference| of logits, ours against transformers'")
-        for position, difference in enumerate(logit_differences(command.a, command.b, command.tokens)):
+        for position, difference in enumerate(found):
             print(f"{position:>8}  {difference:.3g}")
     if lines:
         raise InputError(f"{command.a} and {command.b} differ in {len(lines)} places")
-    print(f"{command.a} and {command.b} hold the same weights, bit for bit")
+    settings = other_settings(command.a, command.b)
+    for line in settings:
+        print(line)
+    but = "; with these other settings they compute something else" if settings else ""
+    print(f"{command.a} and {command.b} hold the same weights, bit for bit{but}")
 
 
 VERBS: Verbs = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,13 @@ def differences(a: str, b: str) -> Iterator[str]:
             progress.update(size)
             if line:
                 yield line
+
+
+def other_settings(a: str, b: str) -> list[str]:
+    """ "model.rotary_pct: 0.25 in A, 1.0 in B" for each setting by which the same weights compute something else."""
+    models = [asdict(open_any(path).config.model) for path in (a, b)]
+    names = [name for name in models[0] if name != "init_std" and models[0][name] != models[1][name]]
+    return [f"model.{name}: {models[0][name]} in {a}, {models[1][name]} in {b}" for name in names]
 
 
 def _compare(first: Source, second: Source, name: str, layer: int | None) -> tuple[str | None, int]:

@@ -66,7 +66,8 @@ def _orbax() -> ocp.Checkpointer:
 def _save_tree(path: Path, tree: Any) -> None:
     def arguments(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
         stacked = any(getattr(key, "key", None) == "layers" for key in path) and leaf.ndim
-        return ocp.SaveArgs(shard_axes=(0,)) if stacked else ocp.SaveArgs()
+        # In small chunks, so that conversion can read a part of a large matrix; Orbax alone puts one in one chunk.
+        return ocp.SaveArgs(shard_axes=(0,) if stacked else (), chunk_byte_size=store.CHUNK)
 
     with _orbax() as checkpointer:
         args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
@@ -154,7 +155,10 @@ def _write_rest(
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer.encode())
     files = {}
-    for name in sorted(_files_in(folder)):
+    found = sorted(_files_in(folder))
+    if lost := known.keys() - set(found):
+        raise InputError(f"{folder / min(lost)}: was deleted while the checkpoint was being written; convert again")
+    for name in found:
         size, checksum = known.get(name) or ((folder / name).stat().st_size, _crc32(folder / name))
         files[name] = {"bytes": size, "crc32": f"{checksum:08x}"}
     manifest = {
@@ -192,11 +196,11 @@ def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` claims to be a checkpoint of ours: its manifest says so, or is lost from a half-written one."""
     manifest = Path(path) / "manifest.json"
     if not manifest.is_file():
-        return (Path(path) / "params").is_dir()
+        return (Path(path) / "params" / "_METADATA").is_file()
     try:
         return json.loads(manifest.read_bytes())["format"] == FORMAT
     except (ValueError, LookupError, TypeError, RecursionError):
-        return (Path(path) / "params").is_dir()
+        return (Path(path) / "params" / "_METADATA").is_file()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

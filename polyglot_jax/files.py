@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +20,10 @@ from polyglot_jax.config import Config, InputError
 def beside(path: Path) -> tuple[Path, Path]:
     """Where a new folder is written before it takes the name `path`, and where what it replaces is put meanwhile."""
     return path.with_name(f"{path.name}.incomplete"), path.with_name(f"{path.name}.replaced")
+
+
+_UNFINISHED = ".unfinished"
+"""Marks a folder that is being written, or deleted."""
 
 
 @contextmanager
@@ -47,42 +54,93 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
                 raise InputError(f"{path}: was not made by this command; remove it yourself, or choose another place")
 
     def delete_old() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear(temporary)
         old.rename(temporary)
+        (temporary / _UNFINISHED).touch()
         for name in ("manifest.json", "config.json"):  # without them nothing loads what is being deleted
             (temporary / name).unlink(missing_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear(temporary)
 
-    if old.exists():
-        if not is_ours(old):
-            raise InputError(f"{old}: is in the way and was not made by this command; move it away")
-        if not is_taken():
-            old.rename(path)
-    check()
+    def clear(folder: Path) -> None:
+        """Delete a folder of ours; the mark that says so goes last."""
+        if folder.is_symlink() or folder.is_file() or (folder.exists() and not is_unfinished(folder)):
+            raise InputError(f"{folder}: is in the way and was not made by this command; move it away")
+        for item in folder.iterdir() if folder.exists() else ():
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item, ignore_errors=True)
+            elif item.name != _UNFINISHED:
+                item.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def is_unfinished(folder: Path) -> bool:
+        # A process killed just after it made the folder, or just before it renamed it, leaves it without the mark.
+        return (folder / _UNFINISHED).exists() or not any(folder.iterdir()) or is_ours(folder)
+
+    if not old.exists():
+        check()  # before anything is made, the lock's folder too
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path}: lies in a file; name another place") from error
+    with locked(path.with_name(f".{path.name}.lock")):
+        if old.exists():
+            if not is_ours(old):
+                raise InputError(f"{old}: is in the way and was not made by this command; move it away")
+            if not is_taken():
+                old.rename(path)
+        check()
+        clear(temporary)
+        try:
+            if old.exists():
+                delete_old()
+            temporary.mkdir()
+            (temporary / _UNFINISHED).touch()
+            yield temporary
+            check()  # again: somebody may have put something there meanwhile
+            if is_taken():
+                path.rename(old)
+            (temporary / _UNFINISHED).unlink()
+            temporary.rename(path)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.rename(path)
+            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            # TensorStore reports a full disk in the text of an exception of its own.
+            if is_full or "No space left on device" in str(error):
+                for _ in range(5):  # Orbax's other threads write on for a moment, and make the folder anew
+                    time.sleep(0.1)
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise InputError(f"{path}: the disk is full, nothing was written there; make room and retry") from error
+            raise
         if old.exists():
             delete_old()
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        check()  # again: somebody may have put something there meanwhile
-        if is_taken():
-            path.rename(old)
-        temporary.rename(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # TensorStore reports a full disk in the text of an exception of its own.
-        if is_full or "No space left on device" in str(error):
-            for _ in range(5):  # Orbax's other threads write on for a moment, and make the folder anew
-                time.sleep(0.1)
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise InputError(f"{path}: the disk is full, nothing was written there; make room and retry") from error
-        raise
-    if old.exists():
-        delete_old()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keeps other processes that lock `file`, and other threads, out; InputError if one is in.
+
+    The file is deleted at the end. A process that dies leaves it, but the system lets go of the lock.
+    """
+    while True:
+        with open(file, "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read() or "another process"
+                raise InputError(f"{file}: {holder} is writing there; wait for it, or stop it") from error
+            if not (file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat())):
+                continue  # whoever held it deleted it
+            lock.truncate(0)
+            with suppress(OSError):  # a full disk holds the lock, if not the name
+                os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
 
 
 def write_values(file: IO[bytes], content: memoryview) -> None:

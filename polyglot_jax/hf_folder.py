@@ -7,6 +7,7 @@ views of mapped files and by slabs of a tensor: memory does not grow with the mo
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,26 @@ WEIGHT_FILES = (
 )
 
 
+_EXPORTED = re.compile(
+    r"config\.json|generation_config\.json|(model|pytorch_model)[\w-]*\.(safetensors|bin)(\.index\.json)?|checksums\.json|"
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|\..*"
+)
+
+
 def is_hf_folder(path: str | Path) -> bool:
-    """Whether `path` has a config.json of Hugging Face's kind (one of ours names no model_type)."""
+    """Whether `path` has a config.json of Hugging Face's kind (one of ours names no model_type), or a damaged one."""
+    file = Path(path) / "config.json"
     try:
-        return "model_type" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return "model_type" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+    except (OSError, TypeError, RecursionError):
         return False
+
+
+def _is_export(path: Path) -> bool:
+    """Whether `path` holds a model as `write` makes them, and nothing that would be lost with it."""
+    return is_hf_folder(path) and all(item.is_file() and _EXPORTED.fullmatch(item.name) for item in path.iterdir())
 
 
 class HfFolder(Renamed):
@@ -131,7 +146,7 @@ def write(
     """
     tensors, common_dtype = to_write(source, dtype)
     config = names.config_to_theirs(source.config, common_dtype)
-    with new_folder(path, is_hf_folder, overwrite=overwrite) as folder:
+    with new_folder(path, _is_export, overwrite=overwrite) as folder:
         non_finite = _write_shards(folder, source, tensors, shard_bytes)
         if source.tokenizer is not None:
             _write_tokenizer(folder, source.config, source.tokenizer)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.names import Tensor, is_dropped, tensors
+from polyglot_jax.names import Tensor, family_of, is_dropped, tensors
 
 
 class Source(Protocol):
@@ -118,8 +118,25 @@ class Renamed(Source, abc.ABC):
         if surplus:
             raise InputError(f"{path}: {surplus[0]} belongs to no weight of this model ({len(surplus)} such tensors)")
         self.notes: list[str] = []
+        head = family_of(config.model).HEAD
+        if head in left:
+            self._check_tied(head, left.pop(head))
+            self.notes.append(f"{head} is the embedding once more, and was left out")
         if left:
             self.notes.append(f"{len(left)} computed buffers were left out, such as {min(left)}")
+
+    def _check_tied(self, head: str, stored: Stored) -> None:
+        """InputError unless a head that the config calls tied has the bits of the embedding."""
+        embedding, leaf = self._where["embed/kernel", None][0].key, self.params["embed/kernel"]
+        same = (stored.shape, stored.dtype) == leaf and all(
+            np.array_equal(*(bits(self.theirs(key)[start : start + 1024]) for key in (embedding, head)))
+            for start in range(0, leaf.shape[0], 1024)
+        )
+        if not same:
+            raise InputError(
+                f"{stored.file}: {head} is not {embedding}, though config.json ties them; set tie_word_embeddings to "
+                "false to use it, or remove it"
+            )
 
     @abc.abstractmethod
     def theirs(self, key: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,7 +209,6 @@ class Reader:
         self.is_database = (path / "manifest.ocdbt").is_file()
         """Whether all arrays share a few files, as when Orbax writes jax.Arrays."""
         self._array, self._layout = cache(self._open), cache(self._read_layout)
-        self._piece = lru_cache(4)(self._read_piece)  # asked for part by part, and read whole each time
 
     def _open(self, name: str) -> Any:
         files = {"driver": "file", "path": f"{self._path}/"}
@@ -232,7 +231,8 @@ class Reader:
     def read(self, name: str, layer: int | None, index: Index) -> np.ndarray:
         """A part of a piece, of whatever strides; what lies in one file is a view of what `load` gives."""
         if self.is_database:
-            return self._piece(name, layer)[index]
+            array = self._array(name)
+            return np.asarray((array if layer is None else array[layer])[index].read().result())
         layout = self._layout(name)
         slowest = layout.order[0]
         index += (slice(None),) * (len(layout.order) - len(index))
@@ -247,10 +247,6 @@ class Reader:
             parts.append(chunk[stored])
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return values.transpose(np.argsort(layout.order))
-
-    def _read_piece(self, name: str, layer: int | None) -> np.ndarray:
-        array = self._array(name)
-        return np.asarray((array if layer is None else array[layer]).read().result())
 
 
 def dotted(name: str) -> str:

@@ -6,6 +6,7 @@ Every source is a `source.Source`. What is built from it, a stacked or a split t
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,10 @@ def _place(source: Source, name: str, layer: int | None, where: jax.sharding.Sha
             values[...] = source.read(name, layer, index)
         return values
 
-    return jax.make_array_from_callback(
+    array = jax.make_array_from_callback(
         shape, where, lambda index: part(*(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)))
     )
+    if whole:  # JAX lets go of the arrays it copied from when Python collects, which could be a whole model later
+        array.block_until_ready()
+        gc.collect(0)
+    return array

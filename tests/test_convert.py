@@ -1,13 +1,22 @@
 """The converters' command lines: where they read and write, what they leave alone, and how they say what is wrong."""
 
+import os
 import shutil
+import threading
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from disks import remount, small_disk, state
 from formats import FORMATS
 from verbs import CONVERSIONS, convert
+
+from convert.hf import hf_to_orbax, orbax_to_hf
+from convert.verify import differences
+from polyglot_jax import checkpoint, hf_folder
+from polyglot_jax.config import InputError
+from polyglot_jax.weights import open_source
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +190,65 @@ def test_sources_whose_every_file_is_a_link(verb, source_of, tmp_path):
     assert convert(verb, source, tmp_path / "result").status == 0
     assert convert("verify", source, tmp_path / "result").status == 0
     assert (state(source), state(tmp_path / "store")) == before
+
+
+# --- What others do meanwhile, or have put there ---
+
+
+class _Slow:
+    """A source that waits for a sign before it gives its first values."""
+
+    def __init__(self, source):
+        for name in ("path", "config", "tokenizer", "params", "chunk"):
+            setattr(self, name, getattr(source, name))
+        self._read, self.begun, self.go_on = source.read, threading.Event(), threading.Event()
+
+    def read(self, *arguments):
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return self._read(*arguments)
+
+
+@pytest.mark.parametrize("write", [checkpoint.copy, hf_folder.write])
+def test_two_at_once_into_one_place(write, source_of, tmp_path):
+    """The second is refused, the first is not disturbed."""
+    first = _Slow(open_source(source_of("hf-to-orbax")))
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(write, tmp_path / "result", first)
+        assert first.begun.wait(60)
+        with pytest.raises(InputError, match=rf"process {os.getpid()} on .* is writing there; wait for it, or stop it"):
+            write(tmp_path / "result", first)
+        first.go_on.set()
+        done.result()
+    assert list(differences(str(tmp_path / "result"), str(first.path))) == []
+    assert [item.name for item in tmp_path.iterdir() if "result" in item.name] == ["result"]
+
+
+@pytest.mark.parametrize("make", ["folder", "file", "link"])
+def test_what_others_put_beside_the_result_is_left_alone(make, source_of, tmp_path):
+    source, place = source_of("hf-to-orbax"), tmp_path / "new.incomplete"
+    if make == "folder":
+        place.mkdir()
+        (place / "thesis.txt").touch()
+    elif make == "file":
+        place.touch()
+    else:
+        place.symlink_to(source)
+    with pytest.raises(InputError, match=rf"^{place}: is in the way and was not made by this command; move it away"):
+        hf_to_orbax(str(source), tmp_path / "new")
+    assert place.exists() and not (tmp_path / "new").exists()
+
+
+def test_what_others_put_into_a_folder_is_not_overwritten(source_of, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    source = source_of("hf-to-orbax")
+    hf_to_orbax(str(source), ours)
+    orbax_to_hf(str(ours), theirs)
+    orbax_to_hf(str(ours), theirs, overwrite=True)
+    (theirs / "optimizer.pt").touch()
+    home = tmp_path / "home"
+    (home / "params").mkdir(parents=True)
+    for write, what, place in ((orbax_to_hf, ours, theirs), (hf_to_orbax, source, home)):
+        with pytest.raises(InputError, match=rf"^{place}: was not made by this command; remove it yourself"):
+            write(str(what), place, overwrite=True)
+    assert (theirs / "optimizer.pt").exists() and (home / "params").exists()

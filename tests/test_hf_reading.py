@@ -43,8 +43,17 @@ def test_buffers_of_old_revisions_are_dropped(folder):
 
 
 def test_a_tied_head_stored_all_the_same_is_dropped(folder):
+    """Where it is the embedding; transformers uses one that is not, in spite of the config."""
     configure(folder, tie_word_embeddings=True)
-    assert "head/kernel" not in HfFolder(folder).params
+    with pytest.raises(InputError, match=r"embed_out\.weight is not gpt_neox\.embed_in\.weight, though"):
+        HfFolder(folder)
+    edit(folder, lambda tensors: tensors.update({"embed_out.weight": tensors["gpt_neox.embed_in.weight"].copy()}))
+    found = HfFolder(folder)
+    assert "head/kernel" not in found.params
+    assert "embed_out.weight is the embedding once more, and was left out" in found.notes
+    edit(folder, lambda tensors: tensors["embed_out.weight"].__setitem__((-1, -1), 0))
+    with pytest.raises(InputError, match=r"set tie_word_embeddings to false to use it, or remove it"):
+        HfFolder(folder)
 
 
 def test_absent_settings_take_their_defaults(folder):
