@@ -34,6 +34,9 @@ WEIGHT_FILES = (
 )
 
 
+_SLOW_TOKENIZERS = ("vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt")
+"""Of transformers' tokenizers that are written in Python."""
+
 _EXPORTED = re.compile(
     r"config\.json|generation_config\.json|(model|pytorch_model)[\w-]*\.(safetensors|bin)(\.index\.json)?|checksums\.json|"
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|\..*"
@@ -79,6 +82,12 @@ class HfFolder(Renamed):
             if key not in stored or Path(stored[key].file).name != name:
                 raise InputError(f"{path / name}: {key} is missing, though the index names it; fetch both again")
         super().__init__(path, config, stored)
+        slow = next((name for name in _SLOW_TOKENIZERS if (path / name).is_file()), None)
+        if self.tokenizer is None and slow:
+            self.notes.append(
+                f"{slow} is left out: tokenizers are read from tokenizer.json, which AutoTokenizer.from_pretrained(...)"
+                ".save_pretrained(...) of transformers writes"
+            )
         said, found = theirs.get("dtype") or theirs.get("torch_dtype"), self.params["embed/kernel"].dtype.name
         if said not in (None, "auto", found):
             self.notes.append(f"config.json says {said}, the weights are {found}, and that is what they stay")
@@ -144,6 +153,8 @@ def write(
     dtype: float32, float16 or bfloat16; None: of each parameter its own. The folder appears when it is whole;
     InputError if it exists (unless `overwrite`). Returns how many values of which tensors are infinite or NaN.
     """
+    if shard_bytes < 1:
+        raise InputError(f"shard_bytes={shard_bytes}: must be above 0")
     tensors, common_dtype = to_write(source, dtype)
     config = names.config_to_theirs(source.config, common_dtype)
     with new_folder(path, _is_export, overwrite=overwrite) as folder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -61,9 +62,11 @@ def load(path: Path, *, with_numpy: bool = False) -> Any:
     except Exception as error:  # zip, pickle and torch each raise their own
         if isinstance(error, OSError) and error.filename:
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        # Of torch's page what was refused, and not its advice to load the file all the same.
+        refused = re.search(r"(?i)unsupported (global|operand|class)[^\n]*?(?=\. |\n|$)", str(error))
+        lines = [refused[0]] if refused else str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{path}: refused: it is damaged, or holds more than tensors and plain values ({reason[0]})"
+            f"{path}: refused: it is damaged, or holds more than tensors and plain values ({lines[0]})"
         ) from error
 
 

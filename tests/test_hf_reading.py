@@ -56,6 +56,13 @@ def test_a_tied_head_stored_all_the_same_is_dropped(folder):
         HfFolder(folder)
 
 
+def test_a_tokenizer_of_another_kind_is_noted(folder):
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    assert not any("tokenizer" in note for note in HfFolder(folder).notes)
+    (folder / "vocab.json").touch()
+    assert any(note.startswith("vocab.json is left out: tokenizers are read from ") for note in HfFolder(folder).notes)
+
+
 def test_absent_settings_take_their_defaults(folder):
     """The first revisions have neither use_parallel_residual nor tie_word_embeddings; transformers is asked too."""
     absent = ("use_parallel_residual", "tie_word_embeddings", "rotary_pct", "rotary_emb_base", "hidden_act",
