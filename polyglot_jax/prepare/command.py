@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import __version__ as tokenizers_version
 
 from polyglot_jax.prepare.corpus import TextCorpus
 from polyglot_jax.prepare.folder import result_folder, write_manifest
+from polyglot_jax.prepare.personal_data import mask, replacements
 from polyglot_jax.prepare.readers import ReaderConfig
 from polyglot_jax.token_files import TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
@@ -26,12 +28,18 @@ BATCH_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(ReaderConfig):
-    """Tokenise text for training: every document in NFC, ended by <|endoftext|>, as GPT-NeoX's .bin and .idx."""
+    """Tokenise text for training: every document in NFC, with personal data masked, ended by <|endoftext|>.
+
+    The result is GPT-NeoX's .bin and .idx.
+    """
 
     tokenizer: str
     """A tokenizer.json, or a folder that holds one."""
     out: str
     """Folder to make; it gets text_document.bin and .idx, tokenizer.json, manifest.json and any bad_rows.jsonl."""
+    mask_personal_data: bool = True
+    """Replace telephone, resident registration, account and card numbers and e-mail addresses by <|tel|>, <|rrn|>,
+    <|acc|>, [카드번호] and [이메일]."""
     overwrite: bool = False
     """Replace what an earlier run left in --out."""
 
@@ -45,10 +53,15 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     tokenizer = Tokenizer.load(config.tokenizer)
     eos = tokenizer.eos_id
     corpus = TextCorpus(config)
+    masks = replacements(tokenizer.vocabulary) if config.mask_personal_data else {}
+    masked: Counter[str] = Counter()
     with result_folder(config.out, config.overwrite, corpus.files) as folder:
         start = time.monotonic()
         with corpus.bar() as bar, TokenFileWriter(folder / NAME, tokenizer.valid_ids) as writer:
-            for batch in _batches(corpus.documents(folder / "bad_rows.jsonl", bar.update)):
+            documents = corpus.documents(folder / "bad_rows.jsonl", bar.update)
+            if config.mask_personal_data:
+                documents = (mask(text, masks, masked) for text in documents)
+            for batch in _batches(documents):
                 for ids in tokenizer.encode_batch(batch):
                     writer.add_document([*ids, eos])
                 speed = writer.tokens / (time.monotonic() - start)
@@ -66,6 +79,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             "utf8_bytes": corpus.total("utf8_bytes"),
             "bad_rows": corpus.total("bad_rows"),
             "empty_rows": corpus.total("empty_rows"),
+            "personal_data": {kind: {"mask": masks[kind], "count": masked[kind]} for kind in masks},
             "valid_ids": tokenizer.valid_ids,
             "eos_id": eos,
             "sha256": {name: _sha256(folder / name) for name in (f"{NAME}.bin", f"{NAME}.idx", "tokenizer.json")},
@@ -79,6 +93,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         f"{config.out}: {writer.documents:,} documents, {writer.tokens:,} tokens; "
         f"left out: {manifest['bad_rows']:,} bad rows, {manifest['empty_rows']:,} empty ones"
     )
+    if masks:
+        print("masked: " + ", ".join(f"{masked[kind]:,} {masks[kind]}" for kind in masks))
     return manifest
 
 
