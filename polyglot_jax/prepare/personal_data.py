@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from polyglot_jax.prepare.number_words import CALLS, LABEL, PAYS, UNIT
+
 KINDS = {"tel": "[전화번호]", "rrn": "[주민등록번호]", "acc": "[계좌번호]", "email": "[이메일]", "card": "[카드번호]"}
 """Each kind, and the words that replace it where the vocabulary has no `<|kind|>`."""
 LAST_BIRTH = 2030
@@ -52,7 +54,11 @@ def find(text: str) -> list[Found]:
     """All personal data in `text`, in order, without overlaps."""
     if not _MAYBE.search(text):
         return []
-    flat = text.translate(_FLAT)
+    # Signs that nobody sees (soft hyphens, spaces of no width) may stand between digits.
+    shown = (
+        [i for i, character in enumerate(text) if character not in _UNSEEN] if _UNSEEN & set(text) else range(len(text))
+    )
+    flat = "".join(map(text.__getitem__, shown)).translate(_FLAT) if len(shown) < len(text) else text.translate(_FLAT)
     found: list[Found] = []
     taken = bytearray(len(flat))
     for kind, pattern, is_one in _RULES:
@@ -60,12 +66,12 @@ def find(text: str) -> list[Found]:
             start, end = match.span()
             number = _Number(flat, start, end)
             if not any(taken[start:end]) and not number.joined(kind) and is_one(number):
-                found.append(Found(kind, start, end))
+                found.append(Found(kind, shown[start], shown[end - 1] + 1))
                 taken[start:end] = b"1" * (end - start)
     return sorted(found, key=lambda one: one.start)
 
 
-_MAYBE = re.compile(r"\d(?:[^\d\n]{0,4}\d){6}|[@\uff20]|[공영]\s?일\s?[공영일육칠팔구]")
+_MAYBE = re.compile(r"\d(?:\D{0,4}\d){6}|[@\uff20]|[공영]\s?일\s?[공영일육칠팔구]")
 # Digits of other scripts, full-width signs, dashes and blanks as ASCII, one character for one, so that positions stay.
 _FLAT = {
     code: str(unicodedata.decimal(chr(code)))
@@ -73,46 +79,14 @@ _FLAT = {
     if unicodedata.category(chr(code)) == "Nd"
 }
 _FLAT |= {0xFF00 + code - 0x20: chr(code) for code in b"+().@/~:_-"}
-_FLAT |= dict.fromkeys((*range(0x2010, 0x2016), 0x2212, 0x2500, 0x2501, 0x30FC, 0xFE63), "-") | {
+_FLAT |= dict.fromkeys((*range(0x2010, 0x2016), 0x2212, 0x2500, 0x2501, 0x30FC, 0x3161, 0xFE63), "-") | {
     0x223C: "~",
     0x301C: "~",
 }
+_UNSEEN = frozenset("\xad\u200b\u200c\u200d\u2060\ufeff")
+_FLAT |= dict.fromkeys((0x2022, 0x2027, 0x30FB, 0x318D), "·")
 _FLAT |= dict.fromkeys((9, 0xA0, *range(0x2002, 0x200B), 0x202F, 0x3000), " ")
 
-_BANKS = (
-    "국민|신한|우리|하나|농협|기업|제일|씨티|외환|대구|부산|광주|전북|경남|제주|수협|신협|새마을(?:금고)?|우체국|산업|카카오|카뱅|토스|토뱅"
-    "|케이뱅크|케뱅|축협|단위농협|스탠다드차타드"
-)
-_NUMBERS = (
-    "주문|송장|운송장|등기|사업자|법인|상품|제품|관리|접수|승인|예약|쿠폰|회원|사건|문서|특허|출원|허가|신고|일련|고유|티켓|모델|품목|참조"
-    "|처리|배송|택배|인증|등록|거래|결제|학생|수험|증명|보증|청구|계약|고객|시리얼|부품|자산|조회|발급|면허|여권|우편|공고|구매|확인|추적|도서"
-    "|증서|과제|민원|교환권|상품권|당첨|복권|기기|단말기"
-)
-# The words that say what the number after them is. Where two could begin at one place the longer stands first.
-_LABEL = re.compile(
-    rf"""
-    (?P<rrn> 주민\s?(?:등록)?\s?(?:번호)? | 외국인\s?등록\s?(?:번호)? | 거소\s?신고\s?(?:번호)? | \brrn\b )
-  | (?P<other> (?:{_NUMBERS})\s?(?:등록|확인)?\s?(?:번호|코드|no\b|№|\#)
-      | 운송장 | 송장 | 사업자 | 법인 | 코드 | 모델명? | 품번 | 학번 | 사번 | 버전 | 특허 | 바코드 | 시리얼 | 좌표
-      | 타임스탬프 | isbn | issn | barcode | serial | s/n | \bsn\b | model | version | \bver\b | sku | order | invoice
-      | tracking | timestamp | \bid\b | \bno\b )
-  | (?P<card> 카드 | \bcard\b | \bvisa\b | 비자 | 마스터 | master | amex | 아멕스 )
-  | (?P<acc> 계좌 | 입금 | 송금 | 이체 | 예금주? | 통장 | 은행 | 뱅크 | \baccount\b | \ba/c\b | 후원금 | 증권
-      | (?<![가-힣])(?:{_BANKS})(?=은행|뱅크|[\s:(/-]*$) | (?<![a-z])(?:kb|nh|ibk|sc|dgb|bnk|keb)(?![a-z]) )
-  | (?P<tel> 전화 | 연락 | 휴대 | 핸드폰 | 폰 | 콜센터 | 고객센터 | 대표\s?번호 | 상담 | 문의 | 문자 | 팩스 | 예약
-      | [☎☏📞📱] | (?<![a-z])(?:tel|fax|phone|mobile|cell|call|contact|h\.?p|ars)(?![a-z])
-      | (?<![a-z])[tmpcf](?=[.:)\s-]{{0,2}}$) )
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-_CALLS = re.compile(r"[ )]*(?:으?로|에|번으로)? ?(?:전화|연락|문의|문자|상담|예약|콜)")
-_PAYS = re.compile(
-    r"[ )]*(?:으?로|에)? ?(?:입금|송금|이체|보내|부쳐)"
-    rf"|[ (/,]*(?:예금주|계좌|(?:{_BANKS}|[가-힣]{{2}})(?:은행|뱅크))"
-)
-_UNIT = re.compile(
-    r"원|달러|엔|유로|위안|[만억천]|개|명|년|건|회|부|장|점|톤|km|kg|kb|mb|gb|krw|usd|%|cm|mm", re.IGNORECASE
-)
 _FILES = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "html", "php", "pdf", "mp4", "zip", "txt", "json")
 
 
@@ -141,7 +115,7 @@ class _Number:
     def label(self) -> str | None:
         """What the nearest word before, on this line and after any other number, says that this is; None: no word."""
         before = re.split(r"[0-9\n]", self.text[max(0, self.start - 30) : self.start])[-1]
-        *_, last = (None, *_LABEL.finditer(before))
+        *_, last = (None, *LABEL.finditer(before))
         return last and last.lastgroup
 
     def joined(self, kind: str) -> bool:
@@ -149,22 +123,24 @@ class _Number:
         if kind == "email":
             return False
         before, after = self.text[max(0, self.start - 200) : self.start], self.text[self.end : self.end + 2]
-        if re.search(r"[0-9][-.:_]?$", before) or re.match(r"[0-9]|[-._][0-9]", after):
+        if re.search(r"[0-9][-.:_]?\Z", before) or re.match(r"[0-9]|-[0-9A-Za-z]|[._][0-9]", after):
             return True
-        if re.search(r"[A-Za-z][-_]?$", before) and self.label != kind:
+        if re.search(r"[A-Za-z][-_]?\Z", before) and self.label != kind:
             return True
         if re.match("[A-Za-z]", after) and not (kind == "tel" and len(self.shape) > 1):
             return True
-        return bool(re.search(r"(?:://|www\.|\.(?:com|net|org|me|kr)/)\S*$", before))
+        return bool(re.search(r"(?:://|www\.|\.(?:com|net|org|me|kr)/)\S*\Z", before))
 
     def has_unit(self) -> bool:
-        return bool(_UNIT.match(self.text, self.end))
+        return bool(UNIT.match(self.text, self.end))
 
     def followed_by(self, pattern: re.Pattern[str]) -> bool:
         return bool(pattern.match(self.text, self.end))
 
 
 def _is_email(number: _Number) -> bool:
+    if number.text[number.end : number.end + 1] == "(":  # a call, in code
+        return False
     local, _, domain = number.found.lower().replace(" ", "").partition("@")
     return domain.rpartition(".")[2] not in _FILES and not (local == "git" and number.text[number.end :][:1] == ":")
 
@@ -173,8 +149,10 @@ def _is_card(number: _Number) -> bool:
     if number.label == "other":
         return False
     digits = number.digits
+    if len(digits) == 14 and len(number.shape) == 1 and number.label != "card":
+        return False
     issued = digits[0] in "34569" or 2221 <= int(digits[:4]) <= 2720
-    if number.label == "card" or (len(number.shape) > 1 and "-" in number.found):
+    if number.label == "card" or (len(number.shape) > 1 and " " not in number.found.replace(" - ", "-")):
         return len(digits) == 16 or issued
     if number.label == "acc" and len(number.shape) == 1:
         return False
@@ -221,10 +199,10 @@ def _is_service(number: _Number) -> bool:
     """A 15xx, 16xx or 18xx number; without a word for it, it must be hyphenated and no pair of years."""
     if number.label == "other" or number.has_unit():
         return False
-    if number.label == "tel" or number.followed_by(_CALLS):
+    if number.label == "tel" or number.followed_by(CALLS):
         return True
     first, second = int(number.digits[:4]), int(number.digits[4:])
-    return "-" in number.found and not first < second <= 2100
+    return second < 1000 if " " in number.found else "-" in number.found and not first < second <= 2100
 
 
 def _is_local(number: _Number) -> bool:
@@ -233,9 +211,9 @@ def _is_local(number: _Number) -> bool:
 
 def _is_shaped_account(number: _Number) -> bool:
     """An account in a shape of its bank; one that begins with a year must also be called an account."""
-    if number.label == "other":
+    if number.label == "other" or not 10 <= len(number.digits) <= 16:
         return False
-    if number.label == "acc" or number.followed_by(_PAYS):
+    if number.label == "acc" or number.followed_by(PAYS):
         return True
     return number.shape in _ACCOUNTS and not (number.shape[0] != 3 and re.match("(?:19|20)[0-9]{2}", number.digits))
 
@@ -247,7 +225,7 @@ def _is_named_account(number: _Number) -> bool:
         return False
     if re.match(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[01][0-9]|2[0-3])[0-5]", digits):
         return False
-    return number.label == "acc" or number.followed_by(_PAYS)
+    return number.label == "acc" or number.followed_by(PAYS)
 
 
 _ACCOUNTS = {
@@ -267,8 +245,8 @@ _ACCOUNTS = {
     (3, 4, 4, 3),  # KDB
 }
 # What may stand between groups, and the beginnings that are given out: areas (and 030 to 080), mobile, 15xx to 18xx.
-_SEP = r"(?:\ ?[-.~/_)·]\ ?|\ {1,2})?"
-_AREA = "(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|[3678]0|50[2-8]?)"
+_SEP = r"(?:\ ?[-.~/_)·,*=]\s?|\ {1,2})?"
+_AREA = "(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|[678]0|30[23]?|50[2-8]?)"
 _MOBILE = "1[016-9]"
 _SERVICE = (
     "(?:15(?:22|33|44|51|55|66|77|88|99)|16(?:00|01|11|22|33|44|55|60|61|66|68|70|77|88|99)"
@@ -284,22 +262,22 @@ def _numbers(*alternatives: str) -> re.Pattern[str]:
 
 # The lengths are RFC 5321's; without them a long run of letters would be read once from each of its letters.
 _EMAIL = re.compile(
-    r"(?<![A-Za-z0-9])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}\ ?@\ ?"
-    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9])"
+    r"(?<![A-Za-z0-9])[A-Za-z0-9][A-Za-z0-9._%+'-]{0,63}\ ?@\ ?"
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+(?:xn--[a-z0-9-]{2,59}|[A-Za-z]{2,24})(?![A-Za-z0-9])"
 )
 _CARD = _numbers(
-    r"[0-9]{4}([- .]?)[0-9]{4}\1[0-9]{4}\1[0-9]{4}",
+    r"[0-9]{4}(\ ?[-._/]\s?|\ ?)[0-9]{4}\1[0-9]{4}\1[0-9]{4}",
     r"3[47][0-9]{2}([- ]?)[0-9]{6}\2[0-9]{5}",  # American Express
-    r"3[068][0-9]{2}([- ])[0-9]{6}\3[0-9]{4}",  # Diners Club
+    r"3[068][0-9]{2}([- ]?)[0-9]{6}\3[0-9]{4}",  # Diners Club
 )
 _RULES: list[tuple[str, re.Pattern[str], Callable[[_Number], bool]]] = [
     ("email", _EMAIL, _is_email),
     ("card", _CARD, _is_card),
-    ("rrn", _numbers(r"[0-9]{6}\ {0,2}[-./~]?\ {0,2}[1-8][0-9]{6}"), _is_rrn),
+    ("rrn", _numbers(r"[0-9]{6}\ {0,2}[-./~_]?\s{0,2}[1-8][0-9]{6}"), _is_rrn),
     (
         "tel",
         _numbers(
-            rf"(?:\((?:\+|00)82\)|(?:\+|00)82|82(?=[- ])){_SEP}(?:\(0\){_SEP}|0)?(?:{_MOBILE}|{_AREA})"
+            rf"(?:\((?:\+|00)82\)|(?:\+|00[0-9]?-?)82|82(?=[- ])){_SEP}(?:\(0\){_SEP}|0)?(?:{_MOBILE}|{_AREA})"
             rf"{_SEP}[0-9]{{3,4}}{_SEP}[0-9]{{4}}"
         ),
         _is_landline,
@@ -314,17 +292,20 @@ _RULES: list[tuple[str, re.Pattern[str], Callable[[_Number], bool]]] = [
     ),
     (
         "tel",
-        _numbers(rf"(?:\(0{_AREA}\)|0{_AREA}){_SEP}[0-9]{{3,4}}{_SEP}[0-9]{{4}}", "0[0-9]{1,2}-[0-9]{3,4}-[0-9]{4}"),
+        _numbers(
+            rf"(?:\(0{_AREA}\)|\[0{_AREA}\]|0{_AREA}){_SEP}[0-9]{{3,4}}{_SEP}[0-9]{{4}}",
+            "0[0-9]{1,2}-[0-9]{3,4}-[0-9]{4}",
+        ),
         _is_landline,
     ),
     ("tel", _numbers(rf"\+{_COUNTRIES}(?:[- .]?\(?[0-9]{{1,4}}\)?){{2,5}}"), _is_foreign),
     ("tel", _numbers(rf"{_SERVICE}(?:\ ?[-.~]\ ?|\ )?[0-9]{{4}}"), _is_service),
     ("tel", _numbers("[0-9]{3,4}-[0-9]{4}"), _is_local),
     ("tel", re.compile(rf"[공영]\s?일\s?[공영일육칠팔구](?:[\s-]{{0,2}}{_SPELT}){{7,8}}(?!{_SPELT})"), _is_landline),
-    ("acc", _numbers(r"[0-9]{2,6}(?:\ ?-\ ?[0-9]{1,7}){2,4}"), _is_shaped_account),
+    ("acc", _numbers(r"[0-9]{2,6}(\ ?[-._]\s?)[0-9]{1,7}(?:\1[0-9]{1,7}){1,3}"), _is_shaped_account),
     (
         "acc",
-        _numbers("[0-9]{10,16}", "[0-9]{2,7}(?:-[0-9]{1,8}){1,4}", r"[0-9]{2,7}(?:\ [0-9]{1,8}){1,4}"),
+        _numbers("[0-9]{10,16}", "[0-9]{2,8}(?:-[0-9]{1,8}){1,4}", r"[0-9]{2,7}(?:\ [0-9]{1,8}){1,4}"),
         _is_named_account,
     ),
 ]
