@@ -1,6 +1,6 @@
 """From text to what training reads: `prepare` makes token files, `tokenizer` trains a tokenizer on the same inputs.
 
-readers.py turns one file into rows; corpus.py turns files into counted, NFC-normalised documents; personal_data.py masks
-(number_words.py holds the words it goes by); folder.py makes the result appear whole or not at all; command.py,
+readers.py turns one file into rows; corpus.py turns files into counted, NFC-normalised documents; personal_data.py
+masks (number_words.py has the words it goes by); folder.py makes the result appear whole or not at all; command.py,
 train_tokenizer.py and audit.py are the commands.
 """

@@ -21,11 +21,12 @@ LABEL = re.compile(
   | (?P<other> (?:{_NUMBERS})\s?(?:등록|확인)?\s?(?:번호|코드|no\b|№|\#)
       | 운송장 | 송장 | 사업자 | 법인 | 코드 | 모델명? | 품번 | 학번 | 사번 | 버전 | 특허 | 바코드 | 시리얼 | 좌표
       | 타임스탬프 | 펌웨어 | 패치 | 빌드 | (?:등록|제품|시리얼|라이선스)\s?키
-      | firmware | build | p/n | isbn | issn | barcode | serial | s/n | \bsn\b | model | version | \bver\b | sku | order | invoice
-      | tracking | timestamp | \bid\b | \bno\b )
+      | firmware | build | p/n | isbn | issn | barcode | serial | s/n | \bsn\b | model | version | \bver\b
+      | sku | order | invoice | tracking | timestamp | \bid\b | \bno\b )
   | (?P<card> 카드 | 다이너스 | \bcard(?:[\s_]?(?:no|number))?\b | \bvisa\b | 비자 | 마스터 | master | amex | 아멕스 )
-  | (?P<acc> 계좌 | 입금 | 송금 | 이체 | 예금주? | 통장 | 은행 | 뱅크 | 쏴 | \baccount(?:[\s_]?(?:no|number))?\b | \ba/c\b | 후원금 | 증권
-      | (?<![가-힣])(?:{_BANKS})(?=은행|뱅크|[\s:(/,-]*$) | (?<![a-z])(?:kb|nh|ibk|sc|dgb|bnk|keb)(?![a-z]) )
+  | (?P<acc> 계좌 | 입금 | 송금 | 이체 | 예금주? | 통장 | 은행 | 뱅크 | 쏴 | \baccount(?:[\s_]?(?:no|number))?\b
+      | \ba/c\b | 후원금 | 증권 | (?<![가-힣])(?:{_BANKS})(?=은행|뱅크|[\s:(/,-]*$)
+      | (?<![a-z])(?:kb|nh|ibk|sc|dgb|bnk|keb)(?![a-z]) )
   | (?P<tel> 전화 | 연락 | 휴대 | 핸드폰 | 폰 | 콜센터 | 고객센터 | 대표\s?번호 | 상담 | 문의 | 문자 | 팩스 | 예약
       | [☎☏📞📱] | (?<![a-z])(?:tel|fax|phone|mobile|cell|call|contact|h\.?p|ars)(?![a-z])
       | (?<![a-z가-힣])[tmpcf](?=[.:)\s-]{{0,2}}$) )
