@@ -2,5 +2,6 @@
 
 readers.py turns one file into rows; corpus.py turns files into counted, NFC-normalised documents; personal_data.py
 masks (number_words.py has the words it goes by); folder.py makes the result appear whole or not at all; command.py,
-train_tokenizer.py and audit.py are the commands.
+train_tokenizer.py and audit.py are the commands. pipeline.py is what `prepare --clean` does besides: cleaning.py (the
+steps), duplicates.py (MinHash), engine.py (one process or Ray) and clean_report.py (a page on what was done).
 """

@@ -80,11 +80,13 @@ def find_files(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
     skipped: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                Path(folder, name)
-                for folder, _, names in os.walk(path, onerror=_unreadable, followlinks=True)
-                for name in names
-            )
+            inside: list[Path] = []
+            for folder, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
+                # A link to a folder above would be followed for ever.
+                here = Path(folder).resolve()
+                folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+                inside += (Path(folder, name) for name in names)
+            inside.sort()
             found = [file for file in inside if kind_of(file) and not _hidden(file.relative_to(path))]
             if not found:
                 raise InputError(f"text={path}: no file in this folder is one of {known}")
