@@ -7,6 +7,7 @@ The thresholds are those of EleutherAI/dps, the preparation of Polyglot-Ko, at i
 from __future__ import annotations
 
 import html
+import operator
 import re
 import time
 import unicodedata
@@ -38,6 +39,8 @@ class CleanConfig:
     """Greatest mean length of the words."""
     max_symbol_words: float = 0.1
     """Greatest share of words that hold an ellipsis or a #."""
+    min_lines: int = 3
+    """Fewer lines are no list, and one that ends with an ellipsis is how people write: they are not judged by lines."""
     max_bullet_lines: float = 0.9
     """Greatest share of lines that begin with a bullet."""
     max_ellipsis_lines: float = 0.3
@@ -136,12 +139,12 @@ def _html(config: CleanConfig) -> Step:
 
 
 def _emoticons(config: CleanConfig) -> Step:
-    return lambda text: _RUN.sub(r"\1\1\2\2", text)
+    return lambda text: _RUN.sub(r"\1\1\2\2\3\3\3", text)
 
 
 def _whitespace(config: CleanConfig) -> Step:
     def step(text: str) -> str:
-        if _MESSY.search(text):
+        if text != " ".join(text.split()):
             text = _NEWLINES.sub("\n\n", _LINE_ENDS.sub("\n", _BLANKS.sub(" ", text)))
         return text.strip()
 
@@ -156,6 +159,9 @@ def _repeats(config: CleanConfig) -> Step:
         pieces = re.findall(r"\S+\s*", text)
         for size in (*range(13, 2, -1), 1):
             keep = 3 if size == 1 else 1
+            alike = bytes(map(operator.eq, words, words[size:]))
+            if b"\1" * size * keep not in alike:
+                continue
             kept: list[int] = []
             for i in range(len(words)):
                 kept.append(i)
@@ -213,6 +219,8 @@ def _symbols(config: CleanConfig) -> Step:
 def _lines_step(config: CleanConfig) -> Step:
     def step(text: str) -> str | None:
         lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if len(lines) < config.min_lines:
+            return text
         bullets = sum(line[0] in BULLETS for line in lines)
         ellipses = sum(line.endswith(("…", "...")) for line in lines)
         few = bullets <= config.max_bullet_lines * len(lines) and ellipses <= config.max_ellipsis_lines * len(lines)
@@ -269,11 +277,10 @@ _TAGS = (
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _BREAK = re.compile(r"</?(?:br|p|div|li|tr|h[1-6])\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}")
+_RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}|([!?.~^])\3{3,}")
 _BLANKS = re.compile(r"[^\S\n\t]+")
 _LINE_ENDS = re.compile(r"[ \t]*\n[ \t]*")
 _NEWLINES = re.compile(r"\n{3,}")
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\xff\ufeff\ufff9-\ufffd\u2028\u2029]")
-_MESSY = re.compile(r"\s\s|[^\S ]")
 _LONE_JAMO = re.compile("[\u1100-\u11ff]")
 _KOREAN = re.compile("[ㄱ-ㅣ가-힣]")
