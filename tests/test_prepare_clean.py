@@ -1,6 +1,7 @@
 """The cleaning steps, and the pipeline they are part of: duplicates, resuming, damaged input, several workers."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
 from polyglot_jax.prepare.command import PrepareConfig, prepare
+from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
 from polyglot_jax.token_files import TokenFile
 from polyglot_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -125,6 +127,33 @@ def test_settings_that_make_no_sense():
             CleanConfig(**settings)
     with pytest.raises(InputError, match="change nothing without --clean"):
         PrepareConfig(text=("a",), tokenizer="t", out="o", workers=2)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name, **columns):
+        parquet.write_table(pyarrow.table(columns), tmp_path / name)
+        return tmp_path / name
+
+    def read(path, **settings):
+        config = ReaderConfig(text=(str(path),), **settings)
+        source = Source(path, lambda size: None)
+        rows = list(read_rows(path, source, config))
+        assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        return [(row.line, row.text) for row in rows]
+
+    path = write("a.parquet", id=[1, 2, 3], text=["하나", None, "셋"])
+    assert read(path) == [(1, "하나"), (2, ""), (3, "셋")]
+    assert len(read(write("b.parquet", body=["글"] * 3000), column="body")) == 3000
+    with pytest.raises(InputError, match=r"a\.parquet: column 'id' is not text but int64"):
+        read(path, column="id")
+    with pytest.raises(InputError, match=r"a\.parquet: no column body among id, text"):
+        read(path, column="body")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"a\.parquet: damaged or no parquet"):
+        read(path)
 
 
 # The pipeline

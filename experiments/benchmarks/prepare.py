@@ -26,6 +26,7 @@ from experiments import record
 from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.corpus import batches
+from polyglot_jax.prepare.duplicates import Duplicates
 from polyglot_jax.prepare.personal_data import mask, replacements
 from polyglot_jax.token_files import TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
@@ -98,6 +99,7 @@ def rates(command: PrepareBenchmark, folder: Path) -> dict[str, float]:
         "tokenizers alone": library,
         "tokenised to files": lambda: to_files(texts),
         "personal data": lambda: [mask(text, masks, Counter()) for text in texts],
+        "signatures": lambda: Duplicates(CLEANING, folder / "signed").sign(0, texts),
         "whole, without duplicates": lambda: to_files(cleaned()),
     }
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -136,8 +138,6 @@ def against_size(command: PrepareBenchmark, folder: Path) -> dict[str, float]:
 
 def planted(command: PrepareBenchmark, folder: Path) -> dict[str, float]:
     """Recall and precision: of each pair one must go; of two documents that share half their sentences none."""
-    from polyglot_jax.prepare.duplicates import Duplicates
-
     numbers = random.Random(1)
     singles = list(documents(6 * command.pairs / 500, 7))[: 2 * command.pairs]
     pairs = len(singles) // 2
