@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from disks import remount, small_disk
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
@@ -327,3 +328,14 @@ def test_two_workers_give_the_same_and_a_killed_one_is_replaced(clean, tmp_path)
     with engine.engine(2):
         engine.run("dies", dies_once, 4, 2, tmp_path / "work")
     assert mark.exists() and len(list((tmp_path / "work" / "done" / "dies").iterdir())) == 4
+
+
+def test_a_full_disk_is_said_and_once_there_is_room_the_run_goes_on(clean, tmp_path):
+    files = [write(tmp_path / f"{k}.jsonl", *(story(k * 50 + j) for j in range(200))) for k in range(3)]
+    whole, _, _ = clean(*files, out="whole")
+    with small_disk(tmp_path / "disk", 300_000) as disk:
+        with pytest.raises(InputError, match=r"disk/out: the disk is full"):
+            clean(*files, out="disk/out")
+        assert not (disk / "out").exists()
+        remount(disk, "size=20m")
+        same(whole, clean(*files, out="disk/out")[0])
