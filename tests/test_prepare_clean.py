@@ -173,10 +173,10 @@ def clean(tmp_path, tokenizer):
     pytest.importorskip("datatrove")
     pytest.importorskip("ftfy")
 
-    def clean(*files, out="out", workers=1, **settings):
+    def clean(*files, out="out", workers=1, masks=True, **settings):
         config = PrepareConfig(
             text=tuple(map(str, files)), tokenizer=str(tokenizer), out=str(tmp_path / out), clean=True, workers=workers,
-            cleaning=CleanConfig(**settings),
+            mask_personal_data=masks, cleaning=CleanConfig(**settings),
         )  # fmt: skip
         manifest = prepare(config)
         loaded, file = Tokenizer.load(tmp_path / out), TokenFile(tmp_path / out / "text_document")
@@ -222,6 +222,14 @@ def test_the_manifest_adds_up_and_the_report_hides_personal_data(clean, tmp_path
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "3 of 5 documents" in page and "&lt;|tel|&gt;" in page and "1234" not in page
     assert not (tmp_path / "out.work").exists()
+
+
+def test_the_report_hides_personal_data_even_where_the_result_does_not(clean, tmp_path):
+    call = " 전화 010-1234-5678"
+    file = write(tmp_path / "a.jsonl", story(1) + call, "짧은" + call, *[story(2) + call] * 2)
+    folder, manifest, texts = clean(file, masks=False)
+    assert manifest["personal_data"] == {} and "010-1234-5678" in texts[0]
+    assert "1234-5678" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_bad_files_and_rows_are_told_and_cost_no_others(clean, tmp_path):

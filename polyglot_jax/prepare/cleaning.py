@@ -266,7 +266,7 @@ STEPS: dict[str, Callable[[CleanConfig], Step]] = {
 BULLETS = "*·•‧ㆍ"
 SPAM_MARKERS = (
     "무단 전재 및 재배포 금지", "무단전재 및 재배포 금지", "무단전재-재배포 금지", "무단 복제 및 배포 금지",
-    "저작권자 ©", "저작권자ⓒ", "Copyright ©", "공유하기 글 요소", "좋아요 공감",
+    "저작권자 ©", "저작권자ⓒ", "Copyright ©", "공유하기 글 요소", "클린봇이 부적절한 표현을 감지한 댓글입니다",
 )  # fmt: skip
 _TAGS = (
     "a|abbr|article|aside|b|blockquote|body|button|caption|center|code|col|colgroup|dd|div|dl|dt|em|embed|fieldset"

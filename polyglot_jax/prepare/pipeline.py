@@ -22,7 +22,7 @@ from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
 from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, korean_share
 from polyglot_jax.prepare.corpus import TextCorpus, batches
-from polyglot_jax.prepare.personal_data import mask
+from polyglot_jax.prepare.personal_data import KINDS, mask
 from polyglot_jax.prepare.readers import ReaderConfig
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ class Pipeline:
 
         def sample(texts: list[str], text: str) -> None:
             if len(texts) < self.cleaning.samples:
-                texts.append(mask(text[:SHOWN], self.masks, Counter()))
+                texts.append(self._shown(text))
 
         def documents() -> Iterator[str]:
             nonlocal damage
@@ -159,7 +159,9 @@ class Pipeline:
                 report["characters"] += len(text)
                 report["utf8_bytes"] += len(text.encode())
                 if number in sizes:
-                    report["top"] = sorted([*report["top"], (-sizes[number], text[:SHOWN])])[: self.cleaning.samples]
+                    report["top"] = sorted([*report["top"], (-sizes[number], self._shown(text))])[
+                        : self.cleaning.samples
+                    ]
                 yield text
 
         folder = self.work / "shards"
@@ -172,6 +174,10 @@ class Pipeline:
                     for ids in tokenizer.encode_batch(batch):
                         writer.add_document([*ids, tokenizer.eos_id])
         _write_json(folder / f"{rank}.json", report)
+
+    def _shown(self, text: str) -> str:
+        """The beginning of a text, for the report: masked even where the result is not, and before it is cut."""
+        return mask(text[: 10 * SHOWN], self.masks or KINDS, Counter())[:SHOWN]
 
     def _documents(self, rank: int) -> Iterator[str]:
         with open(self.work / "documents" / f"{rank}.jsonl", encoding="utf-8") as lines:
