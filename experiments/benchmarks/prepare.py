@@ -105,9 +105,9 @@ def rates(command: PrepareBenchmark, folder: Path) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(command.repeats):  # in turn, so that what slows the machine slows all
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()  # of all threads: others on the machine do not count
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     result = {name: megabytes / statistics.median(seconds) for name, seconds in times.items()}
     for name in steps[0]:
         result[f"step {name}"] = megabytes / statistics.median(counts[name].seconds for counts in steps)
