@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 # And what the tests need.
-.venv/installed-test: .venv/installed requirements-test.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-corpus.txt
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
 

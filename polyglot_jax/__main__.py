@@ -109,9 +109,16 @@ def _tokenizer(arguments: Sequence[str]) -> None:
     make_tokenizer(tyro.cli(TokenizerConfig, args=arguments, prog="python -m polyglot_jax tokenizer"))
 
 
+def _audit(arguments: Sequence[str]) -> None:
+    from polyglot_jax.prepare.audit import AuditConfig, audit
+
+    audit(tyro.cli(AuditConfig, args=arguments, prog="python -m polyglot_jax audit"))
+
+
 VERBS: Verbs = {
     "tokenizer": (_tokenizer, "train a tokenizer on text"),
     "prepare": (_prepare, "turn text into token files"),
+    "audit": (_audit, "look for personal data in token files"),
     "train": (_train, "train a model on token files, or go on training"),
     "generate": (_generate, "continue prompts"),
 }

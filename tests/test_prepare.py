@@ -14,7 +14,7 @@ import tyro
 import zstandard
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare import command
+from polyglot_jax.prepare import corpus
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
@@ -193,7 +193,7 @@ def test_batches_change_nothing(run, tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text(TXT * 5, encoding="utf-8")
     run(file)
-    monkeypatch.setattr(command, "BATCH_CHARACTERS", 20)
+    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 20)
     run(file, out=tmp_path / "small")
     for name in ("text_document.bin", "text_document.idx", "manifest.json"):
         assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

@@ -6,7 +6,7 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from tqdm import tqdm
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare.readers import ReaderConfig, Row, Source, find_files, read_rows
 
+BATCH_CHARACTERS = 1 << 20
+"""Text that is tokenised at a time; the library needs some hundred bytes for each of its tokens."""
 PRINTED = 5
 """Bad rows shown on stderr; all of them are in bad_rows.jsonl."""
 REMEDIES = {
@@ -38,6 +40,20 @@ class FileCount:
     bad_rows: int = 0
     characters: int = 0
     utf8_bytes: int = 0
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of about BATCH_CHARACTERS: by count, long documents would fill the memory."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 class TextCorpus:
@@ -68,7 +84,7 @@ class TextCorpus:
         # Paths and keys may hold bytes of other encodings; the record must not fail over them.
         with open(bad_rows, "w", encoding="utf-8", errors="backslashreplace") as record:
             for path in self.files:
-                yield from self._documents_of(path, record, progress)
+                yield from self.documents_of(path, record, progress)
         if not self.total("bad_rows"):
             bad_rows.unlink()
         if not self.total("documents"):
@@ -77,7 +93,8 @@ class TextCorpus:
                 f"({self.total('empty_rows')} empty rows, {self.total('bad_rows')} bad ones)"
             )
 
-    def _documents_of(self, path: Path, record: IO[str], progress: Callable[[int], object]) -> Iterator[str]:
+    def documents_of(self, path: Path, record: IO[str], progress: Callable[[int], object]) -> Iterator[str]:
+        """Those of one file, bad rows to `record`. Raises InputError when it is damaged or mostly bad."""
         count = FileCount(str(path))
         self.counts.append(count)
         problems: Counter[str] = Counter()

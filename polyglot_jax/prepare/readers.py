@@ -24,7 +24,7 @@ import zstandard
 
 from polyglot_jax.config import InputError
 
-KINDS = (".txt", ".jsonl", ".csv", ".tsv")
+KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DEFAULT_COLUMNS = ("text", "document")
 
@@ -45,9 +45,9 @@ class ReaderConfig:
     """Which files, and where in them the text is."""
 
     text: tuple[str, ...]
-    """Files or folders (walked in sorted order) of .txt, .jsonl, .csv or .tsv, each also as .gz or .zst."""
+    """Files or folders (walked in sorted order): .txt, .jsonl, .csv and .tsv, each also as .gz or .zst; .parquet."""
     column: str | None = None
-    """Column of a .csv or .tsv, or key of a .jsonl, that holds the text; none: "text", else "document"."""
+    """Column of a .csv, .tsv or .parquet, or key of a .jsonl, that holds the text; none: "text", else "document"."""
     txt_documents: Literal["line", "paragraph", "file"] = "line"
     """What is one document in a .txt: a line, a paragraph (up to a blank line), or the whole file."""
     encoding: str = "utf-8"
@@ -67,7 +67,9 @@ class ReaderConfig:
 def kind_of(path: Path) -> str | None:
     """The extension without its packing, ".jsonl" for "a.jsonl.gz"; None when it is not one that is read."""
     name = path.name.lower()
-    return next((kind for kind in KINDS for packing in PACKINGS if name.endswith(kind + packing)), None)
+    if name.endswith(".parquet"):  # packed inside
+        return ".parquet"
+    return next((kind for kind in KINDS[:-1] for packing in PACKINGS if name.endswith(kind + packing)), None)
 
 
 def find_files(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
@@ -75,16 +77,18 @@ def find_files(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
 
     Raises InputError for a path that is missing, unreadable, of an unknown extension, without files, or given twice.
     """
-    known = f"{' '.join(KINDS)} (each also with .gz or .zst)"
+    known = f"{' '.join(KINDS)} (each but .parquet also with .gz or .zst)"
     files: list[Path] = []
     skipped: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                Path(folder, name)
-                for folder, _, names in os.walk(path, onerror=_unreadable, followlinks=True)
-                for name in names
-            )
+            inside: list[Path] = []
+            for folder, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
+                # A link to a folder above would be followed for ever.
+                here = Path(folder).resolve()
+                folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+                inside += (Path(folder, name) for name in names)
+            inside.sort()
             found = [file for file in inside if kind_of(file) and not _hidden(file.relative_to(path))]
             if not found:
                 raise InputError(f"text={path}: no file in this folder is one of {known}")
@@ -184,6 +188,13 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
     other. Raises InputError when the file is a damaged archive, its quotes are wrong or it has no column of text.
     """
     kind = kind_of(path)
+    if kind == ".parquet":
+        from polyglot_jax.prepare.parquet_rows import parquet_rows  # which needs the names above
+
+        while source.read(1 << 20):  # for the hash: pyarrow reads the file out of order
+            pass
+        yield from parquet_rows(path, config)
+        return
     # csv wants the line ends as they are; elsewhere only a .txt may have any of the three kinds.
     newline = {".txt": None, ".jsonl": "\n"}.get(kind, "" if config.quoting == "standard" else "\n")
     encoding = "utf-8-sig" if codecs.lookup(config.encoding).name == "utf-8" else config.encoding
@@ -257,7 +268,7 @@ def _table_rows(path: Path, lines: IO[str], delimiter: str, config: ReaderConfig
     header_line, header = next(records, (1, []))
     if not header:
         raise InputError(f"{path}: line {header_line}: no header; the first line must name the columns")
-    index = header.index(_find_column(path, header, config))
+    index = header.index(find_column(path, header, config))
     for line, fields in records:
         if not fields:
             yield Row(line)
@@ -311,7 +322,8 @@ def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, l
         raise wrong(error) from error
 
 
-def _find_column(path: Path, columns: Sequence[str] | Mapping[str, object], config: ReaderConfig) -> str:
+def find_column(path: Path, columns: Sequence[str] | Mapping[str, object], config: ReaderConfig) -> str:
+    """The name among `columns` of that which holds the text. Raises InputError when there is none."""
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
     for column in wanted:
         if column in columns:

@@ -1,0 +1,260 @@
+"""`prepare --clean`: every file is a task; documents are cleaned and masked, duplicates found, what is left tokenised.
+
+All that is made on the way lies in a folder beside the result. A task writes its files under other names and renames
+them, so a run that was killed goes on where it was, and gives what it would have given. Nothing depends on how many
+workers there are: files are read in sorted order, tasks know only their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from polyglot_jax.config import InputError
+from polyglot_jax.prepare import engine
+from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, korean_share
+from polyglot_jax.prepare.corpus import TextCorpus, batches
+from polyglot_jax.prepare.personal_data import KINDS, mask
+from polyglot_jax.prepare.readers import ReaderConfig
+from polyglot_jax.token_files import TokenFile, TokenFileWriter
+from polyglot_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from polyglot_jax.prepare.duplicates import Duplicates
+
+LENGTHS = [2**power for power in range(1, 21)]
+"""Upper ends of the bins of the histogram of lengths, in characters; the last bin has all that is longer."""
+SHOWN = 300
+"""Characters of a sample that are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """One run over `files`; pickled and sent to each worker.
+
+    reader     how the files are read (its `text` is not used)
+    work       folder for what is made on the way, seen by all workers
+    masks      what replaces each kind of personal data; empty: nothing is masked
+    """
+
+    reader: ReaderConfig
+    cleaning: CleanConfig
+    files: tuple[Path, ...]
+    tokenizer: str
+    work: Path
+    masks: dict[str, str]
+
+    def run(self, workers: int) -> None:
+        """Make one shard of tokens for each file that any document is left of. Raises InputError for bad input."""
+        Cleaner(self.cleaning)  # what is wrong with the settings is said before anything is read
+        self._claim()
+        with engine.engine(workers):
+            engine.run("clean", self._clean, len(self.files), workers, self.work)
+            if self.cleaning.deduplicate:
+                engine.run("match", self._duplicates.match, self.cleaning.buckets, workers, self.work)
+                engine.run("cluster", self._duplicates.cluster, 1, workers, self.work)
+            engine.run("tokenise", self._tokenise, len(self.files), workers, self.work)
+
+    @cached_property
+    def _duplicates(self) -> Duplicates:
+        from polyglot_jax.prepare.duplicates import Duplicates  # needs datatrove
+
+        return Duplicates(self.cleaning, self.work / "duplicates")
+
+    def _claim(self) -> None:
+        """Begin in the folder `work`, or go on if what it holds is of the same files and settings."""
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        settings = (dataclasses.asdict(self.reader), dataclasses.asdict(self.cleaning), self.masks)
+        tokenizer = Tokenizer.load(self.tokenizer).sha256
+        key = hashlib.sha256(json.dumps([stats, settings, tokenizer]).encode()).hexdigest()
+        claim = self.work / "claim"
+        if claim.is_file() and claim.read_text() == key:
+            return
+        if self.work.exists():
+            if not claim.is_file():
+                raise InputError(f"{self.work}: is in the way and was not made by this command; move it away")
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True)
+        claim.write_text(key)
+
+    def _clean(self, rank: int) -> None:
+        """One file: its documents cleaned and masked, their signatures, and a report."""
+        file = self.files[rank]
+        corpus = TextCorpus(dataclasses.replace(self.reader, text=(str(file),)))
+        cleaner = Cleaner(self.cleaning)
+        masked: Counter[str] = Counter()
+        before, after = Histograms(), Histograms()
+        dropped: dict[str, list[str]] = {}
+        kept: list[str] = []
+        damage = ""
+
+        def sample(texts: list[str], text: str) -> None:
+            if len(texts) < self.cleaning.samples:
+                texts.append(self._shown(text))
+
+        def documents() -> Iterator[str]:
+            nonlocal damage
+            try:
+                for text in corpus.documents_of(file, record, lambda size: None):
+                    before.add(text)
+                    cleaned, step = cleaner(text)
+                    if cleaned is None:
+                        sample(dropped.setdefault(step, []), text)
+                        continue
+                    if self.masks:
+                        cleaned = mask(cleaned, self.masks, masked)
+                    after.add(cleaned)
+                    sample(kept, cleaned)
+                    out.write(json.dumps(cleaned, ensure_ascii=False) + "\n")
+                    yield cleaned
+            except InputError as error:  # of this file: what was read of it stays, the others go on
+                damage = str(error)
+
+        folder = self.work / "documents"
+        folder.mkdir(exist_ok=True)
+        with (
+            open(folder / f"{rank}.tmp", "w", encoding="utf-8") as out,
+            open(folder / f"{rank}.bad", "w", encoding="utf-8", errors="backslashreplace") as record,
+        ):
+            if self.cleaning.deduplicate:
+                self._duplicates.sign(rank, documents())
+            else:
+                for _ in documents():
+                    pass
+        (folder / f"{rank}.tmp").rename(folder / f"{rank}.jsonl")
+        report = {
+            "input": dataclasses.asdict(corpus.counts[0]),
+            "damage": damage,
+            "steps": {name: dataclasses.asdict(count) for name, count in cleaner.counts.items()},
+            "masked": masked,
+            "before": before.counts,
+            "after": after.counts,
+            "dropped": dropped,
+            "kept": kept,
+        }
+        _write_json(folder / f"{rank}.json", report)
+
+    def _tokenise(self, rank: int) -> None:
+        """One file: the token files of its documents that are no duplicates, and the number of those that are."""
+        tokenizer = Tokenizer.load(self.tokenizer)
+        removed: set[int] = set()
+        sizes: dict[int, int] = {}
+        if self.cleaning.deduplicate:
+            removed, sizes = self._duplicates.removed(rank), self._duplicates.sizes(rank)
+        report: dict[str, Any] = {"removed": 0, "characters": 0, "utf8_bytes": 0, "top": []}
+
+        def left() -> Iterator[str]:
+            for number, text in enumerate(self._documents(rank)):
+                if number in removed:
+                    report["removed"] += 1
+                    continue
+                report["characters"] += len(text)
+                report["utf8_bytes"] += len(text.encode())
+                if number in sizes:
+                    report["top"] = sorted([*report["top"], (-sizes[number], self._shown(text))])[
+                        : self.cleaning.samples
+                    ]
+                yield text
+
+        folder = self.work / "shards"
+        folder.mkdir(exist_ok=True)
+        texts = left()
+        first = next(texts, None)
+        if first is not None:
+            with TokenFileWriter(folder / str(rank), tokenizer.valid_ids) as writer:
+                for batch in batches(itertools.chain([first], texts)):
+                    for ids in tokenizer.encode_batch(batch):
+                        writer.add_document([*ids, tokenizer.eos_id])
+        _write_json(folder / f"{rank}.json", report)
+
+    def _shown(self, text: str) -> str:
+        """The beginning of a text, for the report: masked even where the result is not, and before it is cut."""
+        return mask(text[: 10 * SHOWN], self.masks or KINDS, Counter())[:SHOWN]
+
+    def _documents(self, rank: int) -> Iterator[str]:
+        with open(self.work / "documents" / f"{rank}.jsonl", encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    def collect(self, writer: TokenFileWriter, bad_rows: IO[str]) -> Summary:
+        """Write the shards to one pair of token files, the bad rows to one file; returns what all tasks report."""
+        summary = Summary()
+        for rank in range(len(self.files)):
+            summary.add(*(_read_json(self.work / name / f"{rank}.json") for name in ("documents", "shards")))
+            bad_rows.write((self.work / "documents" / f"{rank}.bad").read_text(encoding="utf-8"))
+            prefix = self.work / "shards" / str(rank)
+            if prefix.with_name(f"{rank}.idx").exists():
+                shard = TokenFile(prefix)
+                for start, end in zip(shard.document_starts[:-1], shard.document_starts[1:], strict=True):
+                    writer.add_document(shard.tokens[start:end])
+        return summary
+
+
+class Histograms:
+    """Documents by length (LENGTHS) and by Korean share (tenths)."""
+
+    def __init__(self) -> None:
+        self.counts = {"length": [0] * (len(LENGTHS) + 1), "korean": [0] * 10}
+
+    def add(self, text: str) -> None:
+        self.counts["length"][min(max((len(text) - 1).bit_length() - 1, 0), len(LENGTHS))] += 1
+        self.counts["korean"][min(int(10 * korean_share(text)), 9)] += 1
+
+
+class Summary:
+    """The reports of all tasks added up, with samples and the greatest clusters of duplicates."""
+
+    def __init__(self) -> None:
+        self.inputs: list[dict[str, Any]] = []
+        self.damaged: list[str] = []
+        self.totals: Counter[str] = Counter()
+        self.masked: Counter[str] = Counter()
+        self.steps: dict[str, dict[str, float]] = {}
+        self.histograms: dict[str, dict[str, list[int]]] = {}
+        self.dropped: dict[str, list[str]] = {}
+        self.kept: list[str] = []
+        self.top: list[tuple[int, str]] = []
+
+    def add(self, cleaned: dict[str, Any], tokenised: dict[str, Any]) -> None:
+        self.inputs.append(cleaned["input"])
+        self.damaged += [cleaned["damage"]] if cleaned["damage"] else []
+        self.totals.update({key: tokenised[key] for key in ("removed", "characters", "utf8_bytes")})
+        self.masked.update(cleaned["masked"])
+        for name, counts in cleaned["steps"].items():
+            total = self.steps.setdefault(name, dict.fromkeys(counts, 0))
+            for key, value in counts.items():
+                total[key] += value
+        for when in ("before", "after"):
+            for name, counts in cleaned[when].items():
+                total = self.histograms.setdefault(when, {}).setdefault(name, [0] * len(counts))
+                total[:] = map(sum, zip(total, counts, strict=True))
+        for name, texts in cleaned["dropped"].items():
+            self.dropped.setdefault(name, []).extend(texts)
+        self.kept += cleaned["kept"]
+        self.top = sorted([*self.top, *((-size, text) for size, text in tokenised["top"])], reverse=True)[:20]
+
+    def dropped_by(self) -> str:
+        """Which steps dropped how many documents, in words."""
+        drops = {name: int(counts["dropped"]) for name, counts in self.steps.items() if counts["dropped"]}
+        return ", ".join(f"{name} {count:,}" for name, count in drops.items()) or "nothing"
+
+    def total(self, name: str) -> int:
+        """Sum over the files of one field of FileCount."""
+        return sum(counts[name] for counts in self.inputs)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
+    temporary.rename(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
