@@ -390,6 +390,7 @@ def test_few_and_empty_prompts(pair):
     made = lm.generate(["", "마을"], max_new_tokens=20)
     assert made[0] == lm.tokenizer.decode(tokens_of(lm, [[EOS]], max_new_tokens=20)[0])
     assert lm.generate("마을", max_new_tokens=20) == made[1:]
+    assert lm.generate([[], lm.tokenizer.encode("마을")], max_new_tokens=20) == made  # ids are taken as they are
 
 
 def test_a_model_without_a_tokenizer(tmp_path):
