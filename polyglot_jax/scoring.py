@@ -54,10 +54,11 @@ class Scored(NamedTuple):
     is_greedy: np.ndarray
 
 
-def width(size: int, most: int) -> int:
-    """`size` rounded up to 16, 24, 32, 48, 64, ...: a power of two, or one and a half; at most `most`."""
-    power = bucket(size, 16, max(most, 16))
-    return min(most, power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power)
+def width(size: int, least: int, most: int) -> int:
+    """`size` rounded up to `least` times 1, 1.5, 2, 3, 4, 6, 8, ... (whole numbers); at most `most`."""
+    power = bucket(size, least, 1 << 30)
+    between = power * 3 // 4
+    return min(most, between if size <= between and between > least else power)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Scorer:
         def shape(item: tuple[tuple[int, ...], list[int]]) -> tuple[int, int, int]:
             context, numbers = item
             longest = max(len(fitted[number].continuation) for number in numbers)
-            return width(len(context), most), bucket(longest, 1, most), len(numbers)
+            return width(len(context), 16, most), width(longest, 1, most), len(numbers)
 
         ordered = sorted(groups.items(), key=lambda item: (shape(item), item[0]), reverse=True)
         while ordered:

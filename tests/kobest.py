@@ -1,12 +1,6 @@
 """KoBEST in small, written as its own files are: line ends, columns, labels and spaces around cells included."""
 
-import json
 from pathlib import Path
-
-import yaml
-
-from polyglot_jax.evaluate.data import read
-from polyglot_jax.evaluate.tasks import TASKS
 
 ROWS = {
     "BoolQ": (
@@ -69,19 +63,3 @@ def write(folder: Path, tests: int = 3) -> Path:
 
 def _quoted(cell: str) -> str:
     return '"' + cell.replace('"', '""') + '"' if '"' in cell else cell
-
-
-def write_as_on_the_hub(data: Path | str, folder: Path) -> None:
-    """`folder`/skt/kobest_v1, which `datasets` reads under that name in `folder`, from KoBEST's own files at `data`."""
-    place, configs = folder / "skt" / "kobest_v1", []
-    for name, task in TASKS.items():
-        configs.append({"config_name": task.hub, "data_files": []})
-        for split in ("train", "test"):
-            file = f"{task.hub}/{split}.jsonl"
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            rows = read(str(data), name, split)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (place / file).write_text("".join(lines), encoding="utf-8")
-            configs[-1]["data_files"].append({"split": split, "path": file})
-    card = f"---\n{yaml.safe_dump({'configs': configs})}---\n"
-    (place / "README.md").write_text(card, encoding="utf-8")

@@ -434,10 +434,15 @@ def test_an_interrupted_evaluation_goes_on(record, path, files, tmp_path, monkey
     assert not out.exists()
     partial = tmp_path / "out.json.partial"
     with open(partial, "ab") as file:
-        file.write(b'{"what": "kobest_')  # killed while writing
-    # Of something else nothing is taken over.
-    assert evaluate(path, files, out, "--protocol", "harness") == 1
-    assert f"error: {partial}: left by an evaluation of something else; remove it" in capsys.readouterr().err
+        file.write(b'{"pairs": "0')  # killed while writing
+    # From another model nothing is taken over.
+    assert evaluate(path, files, out, "--dtype", "bfloat16") == 1
+    assert f"error: {partial}: left by an evaluation of another model" in capsys.readouterr().err
+    whole = partial.read_bytes()
+    partial.write_bytes(whole.replace(b'"numbers"', b'"number"', 1))
+    assert evaluate(path, files, out) == 1
+    assert f"error: {partial}: is damaged" in capsys.readouterr().err
+    partial.write_bytes(whole)
     left = []
 
     def counted(self, pairs, batch_size=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if lm.tokenizer is None:
         raise InputError(f"{config.checkpoint}: came without a tokenizer.json; put the model's own beside its weights")
     described = _describe(config, lm, weights.fingerprint(source))
-    journal = Journal(config.out, described)
+    journal = Journal(config.out, {name: described[name] for name in ("weights_sha256", "dtype", "versions")})
     start = time.monotonic()
     cells = {cell: _score_cell(lm, config, journal, cell, found) for cell, found in prompts.items()}
     texts = {path: _score_text(lm, config, journal, path) for path in config.text}
@@ -75,7 +76,6 @@ def _prompts(config: EvaluateConfig) -> dict[tuple[str, int], list[Prompt]]:
 
 
 def _describe(config: EvaluateConfig, lm: LanguageModel, fingerprint: str) -> dict[str, Any]:
-    """Everything that the scores depend on; an evaluation goes on only where this is the same."""
     settings = dataclasses.asdict(config)
     del settings["overwrite"], settings["out"]
     return {
@@ -151,13 +151,14 @@ def _scores(
     lm: LanguageModel, config: EvaluateConfig, journal: Journal, what: str, pairs: Sequence[Pair]
 ) -> list[float]:
     """The log-probability of each pair; those the journal has are not computed again."""
-    done = journal.scores(what)
+    key = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    done = journal.scores(key)
     left = [number for number in range(len(pairs)) if number not in done]
     with tqdm(total=len(pairs), initial=len(pairs) - len(left), desc=what, leave=False) as progress:
         for batch in lm.scored([pairs[number] for number in left], config.batch_size):
-            journal.add(what, [left[number] for number in batch.numbers], batch.log_probabilities)
+            journal.add(key, [left[number] for number in batch.numbers], batch.log_probabilities)
             progress.update(len(batch.numbers))
-    scores = journal.scores(what)
+    scores = journal.scores(key)
     if not np.isfinite(list(scores.values())).all():
         raise InputError(
             f"{config.checkpoint}: gives log-probabilities that are no numbers in {lm.model.dtype} ({what}); try "

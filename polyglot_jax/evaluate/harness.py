@@ -73,7 +73,8 @@ class HarnessModel(TemplateLM):
         return self._lm.tokenizer.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self._lm.tokenizer.encode(string)
+        # As the `hf` model does: what the tokenizer puts around a text, unless it is told not to.
+        return self._lm.tokenizer.encode(string, add_special_tokens is not False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

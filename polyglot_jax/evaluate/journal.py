@@ -15,14 +15,16 @@ from polyglot_jax.config import InputError
 class Journal:
     """Lines of JSON in FILE.partial, one per batch, beside the result that the evaluation will write.
 
-    A last line that was not finished is forgotten. Without a path nothing is kept.
+    A list of pairs is known by a key made from all its tokens, so that scores are taken over only for the same ones,
+    whatever else was changed: the size of batches after one was too large, the tasks asked for. A last line that was
+    not finished is forgotten. Without a path nothing is kept.
     """
 
-    def __init__(self, out: str | None, settings: Mapping[str, Any]) -> None:
-        """InputError if what is there was made with other settings."""
+    def __init__(self, out: str | None, model: Mapping[str, Any]) -> None:
+        """model: what, besides tokens, scores depend on. InputError if what is there was made with another."""
         self._path = Path(f"{out}.partial") if out else None
         self._scores: dict[str, dict[int, float]] = {}
-        header = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        header = json.dumps(model, sort_keys=True, ensure_ascii=False)
         if self._path is None:
             return
         if self._path.is_file():
@@ -37,24 +39,27 @@ class Journal:
         first, *lines = whole.decode(errors="replace").split("\n")
         if whole and first != header:
             raise InputError(
-                f"{self._path}: left by an evaluation of something else; remove it, or choose another --out"
+                f"{self._path}: left by an evaluation of another model, dtype or version; remove it, or choose another "
+                "--out"
             )
         if len(whole) < len(content) or not whole:
             self._path.write_bytes(whole or (header + "\n").encode())
-        for line in lines:
-            if line:
+        try:
+            for line in filter(None, lines):
                 self._remember(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self._path}: is damaged ({error}); remove it to begin anew") from error
 
     def _remember(self, batch: Mapping[str, Any]) -> None:
-        scores = self._scores.setdefault(batch["what"], {})
+        scores = self._scores.setdefault(batch["pairs"], {})
         scores.update(zip(batch["numbers"], batch["scores"], strict=True))
 
-    def scores(self, what: str) -> dict[int, float]:
-        """Number of a pair -> its score, of those of `what` that are done."""
-        return self._scores.get(what, {})
+    def scores(self, pairs: str) -> dict[int, float]:
+        """Number of a pair -> its score, of those that are done."""
+        return self._scores.get(pairs, {})
 
-    def add(self, what: str, numbers: list[int], scores: np.ndarray) -> None:
-        batch = {"what": what, "numbers": numbers, "scores": scores.tolist()}
+    def add(self, pairs: str, numbers: list[int], scores: np.ndarray) -> None:
+        batch = {"pairs": pairs, "numbers": numbers, "scores": scores.tolist()}
         self._remember(batch)
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
