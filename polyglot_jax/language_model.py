@@ -197,7 +197,8 @@ class LanguageModel:
             raise InputError("stop: an empty string would stop at once; give [] to make max_new_tokens tokens")
         special = self.tokenizer.special if self.tokenizer else {}
         end = self.config.data.eos_id
-        if self.tokenizer and end < self.tokenizer.valid_ids:  # other families have other names for it
+        is_known = self.tokenizer is not None and end < self.tokenizer.valid_ids
+        if is_known and not self.tokenizer.decode([end]):  # special, under whatever name the family has for it
             special = special | {self.tokenizer.decode([end], skip_special_tokens=False): end}
         return [special[text] for text in stop if text in special], [text for text in stop if text not in special]
 

@@ -356,6 +356,15 @@ def test_stream_waits_for_the_rest_of_a_character(silent, pieces):
     assert not any("\ufffd" in piece for piece in streamed)
 
 
+def test_the_end_of_text_may_have_another_name(silent):
+    lm = copy.copy(script(silent, [10, 11, 1, 12]))
+    lm.config = dataclasses.replace(lm.config, data=dataclasses.replace(lm.config.data, eos_id=1))
+    assert lm.tokenizer.decode([1], skip_special_tokens=False) == "<eos>"
+    assert lm.generate([[10]], max_new_tokens=3, stop=[]) == [lm.tokenizer.decode([11, 12])]
+    for stop in (None, ["<eos>"], ["할머니", "<eos>"]):
+        assert lm.generate([[10]], max_new_tokens=3, stop=stop) == [lm.tokenizer.decode([11])]
+
+
 # Inputs
 
 
