@@ -12,10 +12,12 @@ import jax
 import kobest
 import numpy as np
 import pytest
-from models import KOREAN, model_config, random_params, small_tokenizer
+from models import KOREAN, model_config, random_params, random_tensors, small_tokenizer
+from safetensors.numpy import save_file
 
 import polyglot_jax
-from polyglot_jax import checkpoint
+from convert.__main__ import VERBS as CONVERT
+from polyglot_jax import checkpoint, names, weights
 from polyglot_jax.__main__ import VERBS
 from polyglot_jax.cli import run
 from polyglot_jax.config import PRESETS, Config, DataConfig, InputError, TrainConfig
@@ -588,3 +590,17 @@ def test_pairs_that_cannot_be_scored(lm):
     ):
         with pytest.raises(InputError, match=message):
             list(lm.scored([pair]))
+
+
+def test_weights_have_one_fingerprint_in_every_format(tmp_path):
+    model = model_config()
+    config = Config(model=model, data=DataConfig(valid_ids=403), train=TrainConfig(sequence_length=128))
+    found = []
+    for seed in (0, 1):
+        folder = tmp_path / f"hf{seed}"
+        folder.mkdir()
+        save_file(random_tensors(model, seed), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(names.config_to_theirs(config, "float32")))
+        assert run(CONVERT, "python -m convert", ["hf-to-orbax", str(folder), str(tmp_path / f"orbax{seed}")]) == 0
+        found += [weights.fingerprint(weights.open_source(tmp_path / f"{kind}{seed}")) for kind in ("hf", "orbax")]
+    assert found[0] == found[1] != found[2] == found[3]
