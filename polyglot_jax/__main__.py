@@ -103,6 +103,15 @@ def _prepare(arguments: Sequence[str]) -> None:
     prepare(tyro.cli(PrepareConfig, args=arguments, prog="python -m polyglot_jax prepare"))
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    from polyglot_jax.evaluate.settings import EvaluateConfig
+
+    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m polyglot_jax evaluate")
+    from polyglot_jax.evaluate.command import evaluate
+
+    evaluate(config)
+
+
 def _tokenizer(arguments: Sequence[str]) -> None:
     from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
 
@@ -121,6 +130,7 @@ VERBS: Verbs = {
     "audit": (_audit, "look for personal data in token files"),
     "train": (_train, "train a model on token files, or go on training"),
     "generate": (_generate, "continue prompts"),
+    "evaluate": (_evaluate, "score a model on KoBEST, and texts by bits per byte"),
 }
 
 

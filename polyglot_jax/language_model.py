@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from polyglot_jax import steps
 from polyglot_jax.config import Config, InputError, SampleConfig
-from polyglot_jax.generate import Generator, bucket
+from polyglot_jax.generate import Generator
 from polyglot_jax.model import Params, Transformer
+from polyglot_jax.scoring import Pair, Scored, Scorer
 from polyglot_jax.sharding import check_model
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, read_tokenizer
@@ -61,7 +60,7 @@ class LanguageModel:
         self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype)
         self._generator = Generator(self.model, config)
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
-        self._scores = jax.jit(functools.partial(_scores, self.model))
+        self._scorer = Scorer(self.model)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)
@@ -75,7 +74,7 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -83,7 +82,7 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> list[str]:
-        """The continuations alone, one for each prompt (a single string counts as one prompt).
+        """The continuations alone, one for each prompt (a single string counts as one prompt; ids are taken as such).
 
         Arguments not given are those of config.sample. stop: None ends at <|endoftext|>; a list of strings ends before
         the first of them instead; [] always makes max_new_tokens tokens.
@@ -145,37 +144,44 @@ class LanguageModel:
         with self._on_mesh():
             return self._logits(self.params, tokens.astype(np.int32))
 
-    def score(self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int = 16) -> Scores:
+    def score(self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int | None = None) -> Scores:
         """How likely each continuation is after its context, over the whole padded vocabulary.
 
         Context and continuation are encoded apart and joined; an empty context is <|endoftext|>; what is longer
-        than the model's context loses its beginning. InputError if a continuation is empty.
+        than the model's context loses its beginning. Continuations of one context share its computation. batch_size:
+        contexts read at a time. InputError if a continuation is empty.
         """
         if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
             raise InputError(
                 f"contexts: {len(contexts)} for {len(continuations)} continuations; give a list of as many"
             )
-        most = self.config.model.context
-        pairs = []
-        for before, after in zip(self._encode(contexts), self._tokens(continuations), strict=True):
-            if not 0 < len(after) <= most:
-                raise InputError(f"continuation of {len(after)} tokens; it must have 1 to model.context={most}")
-            pairs.append(((before + after)[-(most + 1) :], len(after)))
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
+        pairs = list(map(Pair, self._encode(contexts), self._tokens(continuations)))
         sums, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
-        with self._on_mesh():
-            for start in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch", leave=False):
-                chosen = order[start : start + batch_size]
-                width = bucket(len(pairs[chosen[0]][0]) - 1, 16, most)
-                tokens = np.zeros((batch_size, width + 1), np.int32)
-                weights = np.zeros((batch_size, width), bool)
-                for row, i in enumerate(chosen):
-                    ids, count = pairs[i]
-                    tokens[row, : len(ids)] = ids
-                    weights[row, len(ids) - 1 - count : len(ids) - 1] = True
-                batch_sums, batch_greedy = jax.device_get(self._scores(self.params, tokens, weights))
-                sums[chosen], greedy[chosen] = batch_sums[: len(chosen)], batch_greedy[: len(chosen)]
+        with tqdm(total=len(pairs), desc="scoring", leave=False) as progress:
+            for batch in self.scored(pairs, batch_size):
+                sums[batch.numbers], greedy[batch.numbers] = batch.log_probabilities, batch.is_greedy
+                progress.update(len(batch.numbers))
         return Scores(sums, greedy)
+
+    def scored(self, pairs: Sequence[Pair], batch_size: int | None = None) -> Iterator[Scored]:
+        """The scores of pairs of token ids, batch by batch, those with the longest contexts first.
+
+        batch_size: contexts read at a time; None: as many as are good for speed. Pairs of one context share its
+        computation. InputError if a continuation is empty, or an id is not of this model.
+        """
+        vocab = self.config.model.vocab
+        for pair in pairs:
+            ids = (*pair.context, *pair.continuation)
+            if min(ids, default=0) < 0 or max(ids, default=0) >= vocab:  # a device would clamp them in silence
+                raise InputError(f"tokens: from {min(ids)} to {max(ids)}; ids are 0 to {vocab - 1}")
+        replicas = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        batches = self._scorer.run(self.params, pairs, batch_size, replicas)
+        while True:
+            with self._on_mesh():  # not around the yield, as in `stream`
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _sample(self, *given: Any) -> SampleConfig:
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -190,6 +196,10 @@ class LanguageModel:
         if "" in stop:
             raise InputError("stop: an empty string would stop at once; give [] to make max_new_tokens tokens")
         special = self.tokenizer.special if self.tokenizer else {}
+        end = self.config.data.eos_id
+        is_known = self.tokenizer is not None and end < self.tokenizer.valid_ids
+        if is_known and not self.tokenizer.decode([end]):  # special, under whatever name the family has for it
+            special = special | {self.tokenizer.decode([end], skip_special_tokens=False): end}
         return [special[text] for text in stop if text in special], [text for text in stop if text not in special]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -197,22 +207,15 @@ class LanguageModel:
             raise InputError("this model came without a tokenizer.json; put one beside its weights, or use .logits")
         return self.tokenizer.encode_batch(texts)
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [ids or [self.config.data.eos_id] for ids in self._tokens(texts)]
+    def _encode(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        rows = self._tokens(texts) if all(isinstance(text, str) for text in texts) else [list(ids) for ids in texts]
+        return [ids or [self.config.data.eos_id] for ids in rows]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def _scores(model: Transformer, params: Params, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """tokens: int[B, T + 1]; weights: bool[B, T], which of tokens 1..T count -> float32[B], bool[B]."""
-    logits = model.apply({"params": params}, tokens[:, :-1])
-    losses = steps.losses_from_logits(logits, tokens[:, 1:])
-    is_likeliest = jnp.argmax(logits, axis=-1) == tokens[:, 1:]
-    return -jnp.where(weights, losses, 0).sum(-1), jnp.where(weights, is_likeliest, True).all(-1)
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polyglot_jax.model import Cache, Params, Transformer
+from polyglot_jax.model import Cache, Params, Transformer, init_cache
 
 
 class TrainState(NamedTuple):
@@ -90,3 +90,33 @@ def decode_step(
     """One token of each row at its position, both int[B] -> logits of the next, float32[B, V], and the cache."""
     x, cache = model.apply({"params": params}, tokens[:, None], positions[:, None], cache, method="features")
     return model.apply({"params": params}, x[:, 0], method="logits"), cache
+
+
+def score_continuations(
+    model: Transformer, params: Params, contexts: jax.Array, lengths: jax.Array, continuations: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Sums of log-probabilities of N continuations of each context, which is read once; params: layers split.
+
+    contexts: int[B, T], lengths: int[B]; continuations: int[B, N, K], counts: int[B, N]; padding on the right.
+    Returns float32[B, N], and bool[B, N], whether every token of a continuation is the likeliest (0 and True where
+    there are no tokens). Logits are computed for the continuations' tokens alone.
+    """
+    rows, most = contexts.shape[0], continuations.shape[2]
+    cache = init_cache(model.config, rows, contexts.shape[1] + most - 1, model.dtype)
+    first, cache = prefill(model, params, contexts, lengths, cache)
+    positions = lengths[:, None] + jnp.arange(most - 1)
+
+    def one(continuation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tokens, count = continuation
+        logits = first[:, None]
+        if most > 1:
+            x, _ = model.apply({"params": params}, tokens[:, :-1], positions, cache, method="features")
+            logits = jnp.concatenate((logits, model.apply({"params": params}, x, method="logits")), axis=1)
+        is_asked = jnp.arange(most) < count[:, None]
+        losses = losses_from_logits(logits, tokens)
+        is_likeliest = jnp.argmax(logits, axis=-1) == tokens
+        return -jnp.where(is_asked, losses, 0).sum(-1), jnp.where(is_asked, is_likeliest, True).all(-1)
+
+    sums, greedy = jax.lax.map(one, (continuations.swapaxes(0, 1), counts.swapaxes(0, 1)))
+    return sums.T, greedy.T

@@ -38,8 +38,8 @@ def read_text(file: Path) -> str | None:
 class Tokenizer:
     """A byte-level BPE tokenizer; the text it was read from is kept, so that copies of it are exact.
 
-    Nothing is added around a text. A special token typed out in a text, `<|endoftext|>` say, becomes its one id: that
-    is how the library behaves and what the masks rely on; where a text must not do that, clean it before.
+    Nothing is added around a text, unless asked. A special token typed out in a text, `<|endoftext|>` say, becomes its
+    one id: that is how the library behaves and what the masks rely on; where a text must not do that, clean it before.
     """
 
     def __init__(self, json: str, origin: str = "tokenizer") -> None:
@@ -81,9 +81,9 @@ class Tokenizer:
         """SHA-256, in hex, of the file this tokenizer was read from."""
         return hashlib.sha256(self._json.encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text`; if asked, with what the tokenizer puts around it: XGLM's a </s>, Polyglot-Ko's nothing."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each of `texts`, made on all cores."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: 
         else:
             leaves = {name: place(name, None) for name in source.params}
     return unflatten(leaves)
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256, in hex, of the parameters as they are stored: names, dtypes and values, in whatever format."""
+    digest = hashlib.sha256()
+    pieces = list(store.pieces(source.params))
+
+    def checksum(piece: tuple[str, int | None]) -> str:
+        values = np.ascontiguousarray(source.read(*piece))
+        return f"{piece} {values.shape} {values.dtype} {hashlib.sha256(values.view(np.uint8)).hexdigest()}\n"
+
+    for line in in_order(checksum, sorted(pieces, key=str)):
+        digest.update(line.encode())
+    return digest.hexdigest()
 
 
 def _place(source: Source, name: str, layer: int | None, where: jax.sharding.Sharding, dtype: Any) -> jax.Array:

@@ -345,8 +345,9 @@ FLOORS = [
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
     {"report", "generate", "prepare"},
-    {"train", "language_model"},
-    {"convert"},
+    {"scoring", "train"},
+    {"language_model"},
+    {"convert", "evaluate"},
     {"experiments"},
     {"__main__"},
 ]

@@ -356,6 +356,15 @@ def test_stream_waits_for_the_rest_of_a_character(silent, pieces):
     assert not any("\ufffd" in piece for piece in streamed)
 
 
+def test_the_end_of_text_may_have_another_name(silent):
+    lm = copy.copy(script(silent, [10, 11, 1, 12]))
+    lm.config = dataclasses.replace(lm.config, data=dataclasses.replace(lm.config.data, eos_id=1))
+    assert lm.tokenizer.decode([1], skip_special_tokens=False) == "<eos>"
+    assert lm.generate([[10]], max_new_tokens=3, stop=[]) == [lm.tokenizer.decode([11, 12])]
+    for stop in (None, ["<eos>"], ["할머니", "<eos>"]):
+        assert lm.generate([[10]], max_new_tokens=3, stop=stop) == [lm.tokenizer.decode([11])]
+
+
 # Inputs
 
 
@@ -390,6 +399,7 @@ def test_few_and_empty_prompts(pair):
     made = lm.generate(["", "마을"], max_new_tokens=20)
     assert made[0] == lm.tokenizer.decode(tokens_of(lm, [[EOS]], max_new_tokens=20)[0])
     assert lm.generate("마을", max_new_tokens=20) == made[1:]
+    assert lm.generate([[], lm.tokenizer.encode("마을")], max_new_tokens=20) == made  # ids are taken as they are
 
 
 def test_a_model_without_a_tokenizer(tmp_path):

@@ -179,3 +179,18 @@ def test_a_tokenizer_of_another_kind_has_no_end_and_no_byte_lengths(trained):
         _ = other.eos_id
     with pytest.raises(InputError, match="not byte-level"):
         other.byte_lengths()
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_there_if_asked(trained):
+    plain = json.loads(trained.to_json())
+    end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    plain["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [end, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [end, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+    }
+    xglm_like, ids = Tokenizer.from_json(json.dumps(plain)), trained.encode("마을")
+    assert xglm_like.encode("마을") == xglm_like.encode_batch(["마을"])[0] == ids
+    assert xglm_like.encode("마을", add_special_tokens=True) == [1, *ids]
+    assert trained.encode("마을", add_special_tokens=True) == ids
