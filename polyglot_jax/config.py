@@ -247,8 +247,11 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the samples."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of activations and products; weights, optimizer, norms, softmax and loss are float32 all the same."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing; all but matrix products; each layer from its input."""
+    remat: Literal["none", "dots", "products", "value", "mlp", "attention", "full"] = "full"
+    """What backward recomputes: nothing; all but products with weights (dots) or these and attention (products); with
+    attention kept, v too (value), or q, k and v (mlp), or the MLP (attention); each layer from its input (full)."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Kernel of causal attention; auto: splash on TPUs, cudnn on NVIDIA GPUs, xla elsewhere and for other sizes."""
     log_every: int = 10
     """Steps between rows of the log; the loss is checked to be finite at each."""
     eval_every: int = 1000
