@@ -7,7 +7,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -55,16 +55,66 @@ class GenerateCommand:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileCommand:
+    """Compile a training step for TPUs that are not here; print an estimate of its memory, time and utilisation.
+
+    Needs requirements-tpu.txt. Exit status 1 when the step does not fit.
+    """
+
+    topology: str
+    """Chip and size: v5e:16x16, v5p:4x8x8."""
+    preset: _PresetName = "tiny"
+    """The recipe to start from."""
+    config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """A config.json (a run's, or a checkpoint's) to start from instead of a preset."""
+    dump_hlo: str | None = None
+    """File for the text of the compiled program."""
+    json: str | None = None
+    """File for everything that is printed, and more."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainCommand:
+    """Print where each tensor of a training step lies (shape, split, bytes a device) and the step's collectives."""
+
+    topology: str | None = None
+    """Chip and size of TPUs that are not here (needs requirements-tpu.txt); none: simulated CPU devices."""
+    preset: _PresetName = "tiny"
+    """The recipe to start from."""
+    config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """A config.json (a run's, or a checkpoint's) to start from instead of a preset."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
 def _train(arguments: Sequence[str]) -> None:
-    command = tyro.cli(TrainCommand, args=arguments, prog="python -m polyglot_jax train", default=_base(arguments))
+    default = TrainCommand(out=tyro.MISSING, config=_base(arguments))
+    command = tyro.cli(TrainCommand, args=arguments, prog="python -m polyglot_jax train", default=default)
     from polyglot_jax.train import train
 
     path = train(command.config, command.out, command.init)
     print(f'next: python -m polyglot_jax generate --checkpoint {command.out} --prompt "..."\n({path})')
 
 
-def _base(arguments: Sequence[str]) -> Any:
-    """The defaults of `train`: those of the preset or file named among the arguments."""
+def _compile(arguments: Sequence[str]) -> None:
+    default = CompileCommand(topology=tyro.MISSING, config=_base(arguments))
+    command = tyro.cli(CompileCommand, args=arguments, prog="python -m polyglot_jax compile", default=default)
+    from polyglot_jax.compile.command import compile_step
+
+    compile_step(command.config, command.topology, command.dump_hlo, command.json)
+
+
+def _explain(arguments: Sequence[str]) -> None:
+    default = ExplainCommand(config=_base(arguments))
+    command = tyro.cli(ExplainCommand, args=arguments, prog="python -m polyglot_jax explain", default=default)
+    from polyglot_jax.compile.explain import explain
+
+    print(explain(command.config, command.topology))
+
+
+def _base(arguments: Sequence[str]) -> Config:
+    """The preset or file named among the arguments, which gives the defaults of all settings."""
     given: dict[str, str | None] = {"--preset": None, "--config": None}
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
@@ -73,10 +123,8 @@ def _base(arguments: Sequence[str]) -> Any:
     if given["--preset"] and given["--config"]:
         raise InputError("--preset and --config: give one of the two; each sets all defaults")
     if given["--config"] is not None:
-        config = read_config(given["--config"])
-    else:
-        config = PRESETS.get(given["--preset"] or "tiny", PRESETS["tiny"])  # tyro itself refuses an unknown name
-    return TrainCommand(out=tyro.MISSING, config=config)
+        return read_config(given["--config"])
+    return PRESETS.get(given["--preset"] or "tiny", PRESETS["tiny"])  # tyro itself refuses an unknown name
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -131,6 +179,8 @@ VERBS: Verbs = {
     "train": (_train, "train a model on token files, or go on training"),
     "generate": (_generate, "continue prompts"),
     "evaluate": (_evaluate, "score a model on KoBEST, and texts by bits per byte"),
+    "explain": (_explain, "where each tensor lies on a mesh, and what the devices exchange"),
+    "compile": (_compile, "estimate memory and speed of a training step on TPUs that are not here"),
 }
 
 

@@ -247,8 +247,11 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the samples."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of activations and products; weights, optimizer, norms, softmax and loss are float32 all the same."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing; all but matrix products; each layer from its input."""
+    remat: Literal["none", "dots", "products", "value", "mlp", "attention", "full"] = "full"
+    """What backward recomputes: nothing; all but products with weights (dots) or these and attention (products); with
+    attention kept, v too (value), or q, k and v (mlp), or the MLP (attention); each layer from its input (full)."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Kernel of causal attention; auto: splash on TPUs, cudnn on NVIDIA GPUs, xla elsewhere and for other sizes."""
     log_every: int = 10
     """Steps between rows of the log; the loss is checked to be finite at each."""
     eval_every: int = 1000
@@ -390,14 +393,15 @@ def _polyglot(layers: int, embed: int, heads: int, rotary_pct: float, *, steps: 
     batch_size is inferred: tokens / (steps * 2048) is 1020, 1018, 262 and 271, so 1024, 1024, 256 and 256.
     Not published, taken from the parent GPT-NeoX configs (branch multilingual-ko, XL.yml and 13B.yml; for 3.8B and 5.8B
     the rates today's configs give 1-3B and 6-7B): learning_rate, Adam's betas and eps, no weight decay, 1 % warm-up,
-    cosine to 0, clipping at 1, initial weights normal with 0.02. The 12.8B card counts 12,898,631,680 parameters, the
+    cosine to 0, clipping at 1, initial weights normal with 0.02. remat is what is fastest on pods of 128 and 256 TPUs
+    (experiments/LOG.md); smaller meshes may need full. The 12.8B card counts 12,898,631,680 parameters, the
     formula (exact for the three others) 12,893,603,840; no padded vocabulary explains the 5,027,840 between them.
     """
     return Config(
         model=ModelConfig(layers=layers, embed=embed, heads=heads, mlp=4 * embed, rotary_pct=rotary_pct),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         data=DataConfig(valid_ids=30_003),
-        train=TrainConfig(steps=steps, batch_size=batch_size),
+        train=TrainConfig(steps=steps, batch_size=batch_size, remat="value"),
     )
 
 

@@ -1,11 +1,14 @@
-"""What the devices can do at best: the denominators of utilisation."""
+"""What the devices can do at best: the denominators of utilisation, and of estimates."""
 
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from polyglot_jax.config import Config
 
 # Dense bf16 FLOP/s of a chip, by jax.Device.device_kind. From the makers' data sheets.
 PEAK_BF16 = {
@@ -18,6 +21,41 @@ PEAK_BF16 = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+
+class Chip(NamedTuple):
+    """What an estimate needs to know of a chip.
+
+    kind: jax.Device.device_kind. clock: Hz of the matrix units, the compiler's cycles. memory: bytes of HBM that the
+    runtime leaves free. bandwidth: of HBM, bytes/s. link: bytes/s of one link in one direction. wraps: a torus axis is
+    closed to a ring where its size is a multiple of this.
+    """
+
+    kind: str
+    clock: float
+    memory: int
+    bandwidth: float
+    link: float
+    wraps: int
+
+
+# By the name a topology starts with. Google's documentation of v5e and v5p; the clock is the peak over the products the
+# matrix units start in a cycle (v5e four of 128 x 128, v5p eight).
+CHIPS = {
+    "v5e": Chip("TPU v5 lite", 1.50e9, int(15.75 * 2**30), 819e9, 45e9, wraps=16),
+    "v5p": Chip("TPU v5", 1.75e9, 95 * 2**30, 2765e9, 90e9, wraps=4),
+}
+
+
+def step_flops(config: Config, with_attention: bool) -> int:
+    """FLOPs that a training step needs: 6 a parameter and token and, if asked, causal attention's.
+
+    That adds 6 L T D a token: two products of T x T x D, forward and twice backward, half of each masked.
+    """
+    model, train = config.model, config.train
+    attention = 6 * model.layers * model.embed * train.sequence_length
+    flops = 6 * model.parameters() + (attention if with_attention else 0)
+    return flops * train.batch_size * train.sequence_length
 
 
 def peak_flops(dtype: str, devices: int) -> tuple[float, str]:

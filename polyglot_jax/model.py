@@ -18,8 +18,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from polyglot_jax import attention
 from polyglot_jax.config import ModelConfig
@@ -28,13 +30,32 @@ from polyglot_jax.sharding import constrain
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
 
+# Names of what may be kept for the backward pass: the MLP's hidden layer before its activation, LayerNorms' statistics.
+MLP_HIDDEN, NORM = "mlp_hidden", "norm_statistics"
+
+# TrainConfig.remat -> what the backward pass finds kept of each layer, besides its input. What it does not, it computes
+# again. experiments/LOG.md has the table of what each costs and saves.
+_keep = jax.checkpoint_policies.save_only_these_names
+REMAT: dict[str, Any] = {
+    "full": None,
+    "attention": _keep(NORM, attention.QUERY_KEY, attention.VALUE, attention.OUTPUT),
+    "mlp": _keep(NORM, attention.OUTPUT, MLP_HIDDEN),
+    "value": _keep(NORM, attention.QUERY_KEY, attention.OUTPUT, MLP_HIDDEN),
+    "products": _keep(NORM, attention.QUERY_KEY, attention.VALUE, attention.OUTPUT, MLP_HIDDEN),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:
     if name == "relu":
         return jax.nn.relu(x)
-    return jax.nn.gelu(x, approximate=name in _TANH_GELU)
+    if name in _TANH_GELU:
+        return jax.nn.gelu(x, approximate=True)
+    # By erf in float32; jax.nn.gelu's erfc, which bfloat16 would need, costs several times as much and is not fused.
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def rotate(x: jax.Array, positions: jax.Array, dims: int, base: float, interleaved: bool) -> jax.Array:
@@ -45,12 +66,21 @@ def rotate(x: jax.Array, positions: jax.Array, dims: int, base: float, interleav
     """
     frequencies = base ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    turned, rest = jnp.split(x, (dims,), axis=-1)
-    pairs, axis = ((dims // 2, 2), -1) if interleaved else ((2, dims // 2), -2)
-    first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], *pairs), axis, 0)
-    turned = jnp.stack((first * cos - second * sin, second * cos + first * sin), axis).reshape(turned.shape)
-    return jnp.concatenate((turned, rest), axis=-1)
+    angles = jnp.repeat(angles, 2, -1) if interleaved else jnp.concatenate((angles, angles), -1)
+    rest = ((0, 0),) * (angles.ndim - 1) + ((0, x.shape[-1] - dims),)
+    cos = jnp.pad(jnp.cos(angles), rest, constant_values=1).astype(x.dtype)
+    sin = jnp.pad(jnp.sin(angles), rest).astype(x.dtype)
+    # Each dimension's partner, signed, by a product with a constant: exact, and nothing is cut along a head.
+    return x * cos + (x @ jnp.asarray(_partners(x.shape[-1], dims, interleaved), x.dtype)) * sin
+
+
+def _partners(head_dim: int, dims: int, interleaved: bool) -> np.ndarray:
+    """[K, K]: a head times this has at first[i] its -second[i], and at second[i] its first[i]; beyond `dims`, zeros."""
+    first = np.arange(0, dims, 2) if interleaved else np.arange(dims // 2)
+    second = first + (1 if interleaved else dims // 2)
+    matrix = np.zeros((head_dim, head_dim), np.float32)
+    matrix[second, first], matrix[first, second] = -1, 1
+    return matrix
 
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:
@@ -97,6 +127,19 @@ class _Part(nn.Module):
         return cls(self.config, self.dtype, self.param_dtype, **more)
 
 
+@jax.custom_vjp
+def _apart(x: jax.Array) -> jax.Array:
+    """x; its gradient is complete before anything is computed from it.
+
+    XLA would fuse a LayerNorm's sums over the width into the product that makes the gradient, which then takes twice
+    as long on a TPU.
+    """
+    return x
+
+
+_apart.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
 class LayerNorm(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,9 +147,10 @@ class LayerNorm(_Part):
         scale = self.weight("scale", ("embed",), nn.initializers.ones)
         bias = self.weight("bias", ("embed",), nn.initializers.zeros)
         wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.norm_eps)
-        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        wide = wide - checkpoint_name(wide.mean(-1, keepdims=True), NORM)
+        variance = jnp.square(wide).mean(-1, keepdims=True)
+        wide = wide * checkpoint_name(jax.lax.rsqrt(variance + self.config.norm_eps), NORM)
+        return _apart((wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype))
 
 
 class Linear(_Part):
@@ -127,6 +171,8 @@ class Linear(_Part):
 
 
 class Attention(_Part):
+    kernel: str = "xla"
+
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
@@ -138,7 +184,8 @@ class Attention(_Part):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = (constrain(y, "batch", "length", "heads", "head_dim") for y in (q, k, v))
         if cache is None:
-            y = attention.causal(q, k, v)
+            # Weights are made by reading one token, which not every kernel takes.
+            y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = {
@@ -155,16 +202,19 @@ class MLP(_Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         y = self.part(Linear, inputs=("embed",), outputs=("mlp",), std=config.init_std, name="up")(x)
-        y = activate(config.activation, constrain(y, "batch", "length", "mlp"))
+        y = checkpoint_name(constrain(y, "batch", "length", "mlp"), MLP_HIDDEN)
+        y = activate(config.activation, y)
         std = config.init_std / math.sqrt(2 * config.layers)
         return self.part(Linear, inputs=("mlp",), outputs=("embed",), std=std, name="down")(y)
 
 
 class Layer(_Part):
+    kernel: str = "xla"
+
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         normed = self.part(LayerNorm, name="attention_norm")(x)
-        attended, cache = self.part(Attention, name="attention")(normed, positions, cache)
+        attended, cache = self.part(Attention, kernel=self.kernel, name="attention")(normed, positions, cache)
         middle = x + attended
         if self.config.residual != "parallel_shared":
             normed = self.part(LayerNorm, name="mlp_norm")(x if self.config.residual == "parallel" else middle)
@@ -207,20 +257,22 @@ class Transformer(nn.Module):
     with a slice of a stacked array copies the slice first.
 
     dtype is the precision of the products, param_dtype that of the weights `init` makes, remat what the backward pass
-    recomputes (`TrainConfig.remat`). In float32 every product is full float32 on every platform.
+    recomputes (`TrainConfig.remat`), attention the kernel where there is no cache (a name of `attention.KERNELS`). In
+    float32 every product is full float32 on every platform.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self) -> None:
         parts = (self.config, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
         layer = Layer
+        of_layer = (*parts, self.attention)
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+            layer = nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=False)
         self.embed = Embedding(*parts)
         if self.config.positions == "learned":
             self.positions = Embedding(*parts, axis="context")
@@ -232,9 +284,9 @@ class Transformer(nn.Module):
                 in_axes=nn.broadcast,
                 length=self.config.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(*parts)
+            )(*of_layer)
         else:
-            self.layer = [layer(*parts) for _ in range(self.config.layers)]
+            self.layer = [layer(*of_layer) for _ in range(self.config.layers)]
         self.final_norm = LayerNorm(*parts)
         self.head = Head(*parts)
 

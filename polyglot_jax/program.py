@@ -13,13 +13,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyglot_jax import sharding, steps
+from polyglot_jax import attention, sharding, steps
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config
 from polyglot_jax.data import Batches
 from polyglot_jax.model import Params, Transformer, abstract_params
 from polyglot_jax.optimizer import make_optimizer
 from polyglot_jax.steps import Batch, TrainState
+
+# By platform. On TPUs the reduction of a layer's gradients goes on while the next ones are computed.
+_COMPILER_OPTIONS = {
+    "tpu": {"xla_enable_async_all_reduce": "true", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true"},
+}
 
 
 class Program(NamedTuple):
@@ -39,9 +44,12 @@ class Program(NamedTuple):
     def make(cls, config: Config, mesh: Mesh) -> Program:
         """Nothing is computed or placed yet."""
         train = config.train
-        model = Transformer(config.model, train.dtype, remat=train.remat)
+        platform = mesh.devices.flat[0].platform
+        kernel = attention.choose(train.attention, platform, train.dtype, config.model.head_dim, train.sequence_length)
+        model = Transformer(config.model, train.dtype, remat=train.remat, attention=kernel)
         optimizer = make_optimizer(config.optimizer, train.steps, model.axes())
         abstract = _abstract_state(model, optimizer, mesh)
+        sharding.check_split(abstract)
         rows = NamedSharding(mesh, sharding.spec(("batch", "length")))
         batch = Batch(
             jax.ShapeDtypeStruct((train.batch_size, train.sequence_length + 1), jnp.int32, sharding=rows),
@@ -53,6 +61,7 @@ class Program(NamedTuple):
             in_shardings=(layout, _layout(batch)),
             out_shardings=(layout, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
+            compiler_options=_COMPILER_OPTIONS.get(platform),
         )
         return cls(config, model, optimizer, step, abstract, batch)
 

@@ -17,12 +17,16 @@ from polyglot_jax.config import Config, InputError, MeshConfig, ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Axis name -> the mesh axes it is split over.
+# Weights are split over fsdp along the first of these that they have: where possible their outermost in memory, so that
+# what is gathered needs no transposing.
+_FSDP = ("embed", "mlp")
+
+# Axis name -> the mesh axes it is split over, besides.
 RULES: dict[str, tuple[str, ...]] = {
     # weights
     "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": (),
     "heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
@@ -61,9 +65,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
     """InputError, by dotted name, if a size of the model does not divide over `mesh`."""
     for name, size in model.sizes.items():
-        for axis in RULES[name]:
-            if size % mesh.shape[axis]:
-                raise InputError(f"mesh.{axis}={mesh.shape[axis]}: does not divide model.{name}={size}")
+        axes = (*RULES[name], "fsdp") if name in _FSDP else RULES[name]
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            raise InputError(f"{given}: does not divide model.{name}={size}")
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -87,9 +93,40 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(RULES.get(axis) or None for axis in axes))
 
 
+def weight_spec(axes: Sequence[str]) -> PartitionSpec:
+    """The PartitionSpec of a weight with these axis names."""
+    parts = list(spec(axes))
+    for place, axis in enumerate(axes):
+        if axis in _FSDP:
+            parts[place] = (*RULES[axis], "fsdp")
+            break
+    return PartitionSpec(*parts)
+
+
 def shardings(mesh: Mesh, axes: Any) -> Any:
-    """A tree of NamedShardings from a tree whose leaves are tuples of axis names."""
-    return jax.tree.map(lambda names: NamedSharding(mesh, spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple))
+    """A tree of NamedShardings from a tree whose leaves are tuples of a weight's axis names."""
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, weight_spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+# Bytes above which a tensor that no axis splits is taken for a mistake.
+WHOLE = 16 * 2**20
+
+
+def check_split(abstract: Any) -> None:
+    """InputError naming the first tensor of more than 16 MB that is whole on every device, on a mesh for splitting.
+
+    abstract: a tree of shapes with NamedShardings. A mesh with data alone is one of whole copies.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        size, mesh = math.prod(leaf.shape) * leaf.dtype.itemsize, leaf.sharding.mesh
+        if size > WHOLE and leaf.sharding.is_fully_replicated and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+            raise InputError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {leaf.shape}, {size / 2**20:.0f} MB, would "
+                f"be whole on each device of a mesh with mesh.fsdp={mesh.shape['fsdp']} and "
+                f"mesh.tensor={mesh.shape['tensor']}; mesh.fsdp splits every matrix"
+            )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,9 @@ class Batch(NamedTuple):
 
 def token_losses(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
     """int[B, T + 1] -> float32[B, T]: -log p of tokens 1..T, over the whole padded vocabulary as in GPT-NeoX."""
-    return losses_from_logits(model.apply({"params": params}, tokens[:, :-1]), tokens[:, 1:])
+    x, _ = model.apply({"params": params}, tokens[:, :-1], method="features")
+    _, losses = jax.lax.scan(lambda _, part: (None, _losses(model, params, *part)), None, _chunks(x, tokens[:, 1:]))
+    return losses.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : x.shape[1]]
 
 
 def losses_from_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -37,7 +40,61 @@ def losses_from_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def loss_sum(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     """The weighted sum of the batch's losses, in nats."""
-    return (token_losses(model, params, batch.tokens) * batch.weights).sum()
+    x, _ = model.apply({"params": params}, batch.tokens[:, :-1], method="features")
+    head = {name: params[name] for name in ("embed", "head") if name in params}
+    return _head_loss_sum(model, head, x, batch.tokens[:, 1:], batch.weights)
+
+
+# Positions of each sequence whose logits, float32[B, CHUNK, V], are held at a time.
+CHUNK = 1024
+
+
+def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, ...] -> [T / CHUNK, B, CHUNK, ...]; zeros fill the last chunk."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        length = x.shape[1]
+        size = min(CHUNK, length)
+        x = jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(map(cut, arrays))
+
+
+def _losses(model: Transformer, head: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
+    return losses_from_logits(model.apply({"params": head}, x, method="logits"), targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss_sum(model: Transformer, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """The weighted sum of the losses of features x: [B, T, D]; head: the parameters that `Transformer.logits` reads."""
+    parts = _chunks(x, targets, weights)
+    return jax.lax.scan(lambda total, part: (total + _chunk(model, head, *part), None), jnp.float32(0), parts)[0]
+
+
+def _chunk(model: Transformer, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    return (_losses(model, head, x, targets) * weights).sum()
+
+
+def _head_forward(model: Transformer, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    """The sum and, while the logits of a chunk are there, what the backward pass will ask of them."""
+
+    def add(sums: Any, part: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        loss, (of_head, of_x) = jax.value_and_grad(functools.partial(_chunk, model), argnums=(0, 1))(head, *part)
+        return jax.tree.map(jnp.add, sums, (loss, of_head)), of_x
+
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, head))
+    (total, of_head), of_x = jax.lax.scan(add, zeros, _chunks(x, targets, weights))
+    of_x = of_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[-1])[:, : x.shape[1]]
+    return total, (of_head, of_x)
+
+
+def _head_backward(_: Transformer, gradients: Any, of_sum: jax.Array) -> Any:
+    of_head, of_x = jax.tree.map(lambda gradient: gradient * of_sum.astype(gradient.dtype), gradients)
+    return of_head, of_x, None, None
+
+
+_head_loss_sum.defvjp(_head_forward, _head_backward)
 
 
 def gradients(model: Transformer, params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Params]:

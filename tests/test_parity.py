@@ -27,7 +27,7 @@ from polyglot_jax import names, steps
 from polyglot_jax.checkpoint import flatten, unflatten
 from polyglot_jax.config import PRESETS
 from polyglot_jax.hf_folder import HfFolder
-from polyglot_jax.model import Transformer, abstract_params, init_cache, split_layers
+from polyglot_jax.model import REMAT, Transformer, abstract_params, init_cache, split_layers
 from polyglot_jax.names import FAMILIES
 from polyglot_jax.steps import Batch
 from polyglot_jax.weights import load_params
@@ -189,7 +189,7 @@ def test_bfloat16_is_strict_and_near_float32(small, full_results, param_dtype, f
     np.testing.assert_allclose(loss, full_results[1], rtol=0.01)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [*REMAT])
 def test_remat_changes_no_gradient(small, full_results, remat):
     _, loss, grads = results_of(small, Transformer(small[0], remat=remat))
     np.testing.assert_allclose(loss, full_results[1], rtol=1e-6)
@@ -207,6 +207,8 @@ def test_remat_recomputes(small):
         return str(jax.make_jaxpr(lambda p: steps.gradients(model, p, batch, 1))(params)).count("dot_general")
 
     assert products("none") < products("dots") < products("full")
+    assert products("none") < products("products") < products("value") < products("mlp") < products("full")
+    assert products("products") < products("attention") < products("full")
 
 
 def test_accumulated_gradients_are_those_of_the_batch(small, full_results):

@@ -1,0 +1,252 @@
+"""What a compiled program costs: the compiler's cycles, custom kernels by their products, collectives by their bytes.
+
+The compiler estimates each of its own instructions, once, and counts custom kernels and collectives as nothing. Here
+loops are multiplied out, kernels cost the products they do at a stated efficiency, and collectives the time of their
+bytes on the links. What cannot be costed is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from polyglot_jax.compile.hlo import Computation, Instruction, Program, Shape, trip_count
+from polyglot_jax.config import InputError
+from polyglot_jax.hardware import Chip
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+                "collective-broadcast")  # fmt: skip
+# These make no work of their own, or none but what the instruction that ends them is waited for.
+_FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
+    "domain", "add-dependency", "optimization-barrier", "copy-done", "slice-done", "async-done",
+} | {f"{kind}-done" for kind in _COLLECTIVES}  # fmt: skip
+_FREE_CALLS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
+    "GatherScatterIndicesBitpacked", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A custom kernel, run `times` times: the FLOPs of its products, and seconds at the efficiency given, each."""
+
+    name: str
+    times: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective, run `times` times. bytes: what it makes (all-gather) or takes; link_bytes: on its busiest link."""
+
+    name: str
+    kind: str
+    source: str
+    times: int
+    bytes: int
+    devices: int
+    link_bytes: float
+    seconds: float
+    overlaps: bool
+
+
+@dataclass
+class Cost:
+    """Of one step on one chip, in seconds.
+
+    compute: what the compiler estimates, through loops; moved: instructions it does not estimate, by their bytes from
+    and to memory; copies: copies in the background, by their bytes.
+    """
+
+    compute: float = 0.0
+    moved: float = 0.0
+    copies: float = 0.0
+    kernels: list[Kernel] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    loops: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kernel_seconds(self) -> float:
+        return sum(kernel.times * kernel.seconds for kernel in self.kernels)
+
+    @property
+    def busy(self) -> float:
+        """The chip computes."""
+        return self.compute + self.moved + self.kernel_seconds
+
+    @property
+    def links(self) -> float:
+        """Collectives that overlap with computing, as if all used the same links."""
+        return sum(c.times * c.seconds for c in self.collectives if c.overlaps)
+
+    @property
+    def waiting(self) -> float:
+        """Collectives during which nothing else happens."""
+        return sum(c.times * c.seconds for c in self.collectives if not c.overlaps)
+
+    @property
+    def step(self) -> float:
+        return max(self.busy, self.links, self.copies) + self.waiting
+
+    def add(self, other: Cost) -> None:
+        for name, value in dataclasses.asdict(other).items():
+            mine = getattr(self, name)
+            if isinstance(mine, dict):
+                mine.update(value)
+            else:
+                setattr(self, name, mine + getattr(other, name))
+
+
+class Estimator:
+    """Walks a program for one chip.
+
+    coordinates: of each device on the torus, in the order of the program's partitions; sizes: of the torus.
+    kernel_flops: (name, shape of the queries) -> FLOPs, None for a kernel it does not know.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        chip: Chip,
+        peak: float,
+        coordinates: Sequence[Sequence[int]],
+        kernel_flops: Callable[[str, tuple[int, ...]], int | None],
+        efficiency: float,
+    ):
+        self._program, self._chip, self._peak = program, chip, peak
+        self._coordinates = np.array([list(place) for place in coordinates])
+        self._kernel_flops, self._efficiency = kernel_flops, efficiency
+        self._chains: set[tuple[str, str]] = set()
+
+    def cost(self) -> Cost:
+        return self._computation(self._program.entry, 1)
+
+    def _computation(self, name: str, times: int) -> Cost:
+        computation, cost = self._program.computations[name], Cost()
+        for instruction in computation.instructions.values():
+            cost.add(self._instruction(computation, instruction, times))
+        return cost
+
+    def _instruction(self, scope: Computation, it: Instruction, times: int) -> Cost:
+        if it.opcode == "while":
+            trips = trip_count(self._program, scope, it)
+            cost = Cost(loops={it.name: trips})
+            for kind in ("condition", "body"):
+                cost.add(self._computation(it.called(kind)[0], times * trips))
+            return cost
+        if it.opcode == "call":
+            return self._computation(it.called("to_apply", "calls")[0], times)
+        if it.opcode == "conditional":
+            branches = it.called("branch_computations", "true_computation", "false_computation")
+            return max((self._computation(branch, times) for branch in branches), key=lambda cost: cost.step)
+        found = [
+            self._collective(body, inner, times, it)
+            for body in [scope] * (_kind(it) is not None) + [self._program.computations[c] for c in it.called("calls")]
+            for inner in ([it] if body is scope else body.instructions.values())
+            if _kind(inner) is not None
+        ]
+        cost = Cost(collectives=[collective for collective in found if collective is not None])
+        if it.opcode in ("copy-start", "slice-start"):
+            cost.copies = times * 2 * min(shape.bytes for shape in it.shapes[:2]) / self._chip.bandwidth
+        elif it.opcode == "custom-call" and it.attribute("custom_call_target") not in _FREE_CALLS:
+            cost.kernels.append(self._kernel(scope, it, times))
+        elif it.cycles is not None:
+            cost.compute = times * it.cycles / self._chip.clock
+        elif not found and it.opcode not in _FREE and it.opcode != "custom-call":
+            cost.moved = times * (it.bytes + scope.operand_bytes(it)) / self._chip.bandwidth
+        return cost
+
+    def _kernel(self, scope: Computation, it: Instruction, times: int) -> Kernel:
+        shapes = [shape.dims for name in it.operands for shape in scope.instructions[name].shapes]
+        queries = next((dims for dims in shapes if len(dims) >= 4), ())
+        flops = self._kernel_flops(it.name, queries)
+        if flops is None:
+            raise InputError(
+                f"%{it.name}: custom call to {it.attribute('custom_call_target')} ({it.op_name or 'no source'}), whose "
+                "products are not known, so that the step cannot be estimated; use another kernel (--train.attention)"
+            )
+        return Kernel(it.name, times, flops, flops / (self._peak * self._efficiency))
+
+    def _collective(self, scope: Computation, it: Instruction, times: int, outer: Instruction) -> Collective | None:
+        """What a collective costs; None for a fusion that another one's progress is woven into."""
+        kind, overlaps = _kind(it), it.opcode.endswith("-start")
+        chain = re.search(r'chain_id="(\d+)"', it.attributes)
+        if it is not outer and chain:  # started in one fusion, carried on in others, ended in one
+            targets = {i.attribute("custom_call_target") for i in scope.instructions.values()}
+            if "AsyncCollectiveStart" not in targets:
+                if chain[1] not in self._chains:
+                    raise InputError(f"%{it.name}: goes on with a collective that was not started")
+                return None
+            self._chains.add(chain[1])
+            overlaps = True
+        if kind == "all-reduce" and it is not outer and "all-reduce-scatter" in scope.name:
+            kind = "reduce-scatter"
+        operands = sum(Shape(s.dtype, s.dims).bytes for name in it.operands for s in scope.instructions[name].shapes)
+        made = it.bytes - operands if it.opcode.endswith("-start") else it.bytes
+        size = made if kind == "all-gather" else operands
+        groups = replica_groups(it, len(self._coordinates))
+        link_bytes = self._on_busiest_link(kind, size, groups)
+        return Collective(it.name, kind, it.op_name, times, size, groups.shape[1], link_bytes,
+                          link_bytes / self._chip.link, overlaps)  # fmt: skip
+
+    def _on_busiest_link(self, kind: str, size: int, groups: np.ndarray) -> float:
+        """Bytes that the busiest link carries in one direction.
+
+        A group that spans axes of the torus uses all their links: two a chip and axis on a ring, one on a line. A ring
+        passes (n - 1)/n of the data by each chip; an all-reduce does so twice; an all-to-all goes a quarter of each
+        ring far. A permute is costed as one hop.
+        """
+        torus = self._coordinates.max(0) + 1
+        spanned = [axis for axis in range(len(torus)) if len(set(self._coordinates[groups[0]][:, axis])) > 1]
+        if kind == "collective-permute":
+            return float(size)
+        n = groups.shape[1]
+        if n == 1 or not spanned:
+            return 0.0
+        links = sum(2 if torus[axis] % self._chip.wraps == 0 else 1 for axis in spanned)
+        passes = {"all-reduce": 2.0, "all-to-all": max(torus[axis] for axis in spanned) / 4}.get(kind, 1.0)
+        return passes * size * (n - 1) / n / links
+
+
+def _kind(it: Instruction) -> str | None:
+    name = it.opcode.removesuffix("-start")
+    return name if name in _COLLECTIVES else None
+
+
+def replica_groups(it: Instruction, devices: int) -> np.ndarray:
+    """int[groups, devices of a group] from the ways HLO writes them; InputError for another."""
+    text, found = it.attributes, None
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}:]*)\}", text):
+        axes = re.findall(r"'([^']+)'=(\d+)", found[1])
+        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
+        inside = [names.index(name) for name in re.findall(r"'([^']+)'", found[3])]
+        outside = [place for place in range(len(names)) if place not in inside]
+        ids = _iota(found[2] or f"[{math.prod(sizes)}]").reshape(sizes).transpose(outside + inside)
+        return ids.reshape(-1, math.prod(sizes[place] for place in inside))
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(found[2]).reshape(_integers(found[1]))
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", text):
+        groups = [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+        return np.array(groups or [list(range(devices))])
+    raise InputError(f"%{it.name}: its devices cannot be read: {text[:120]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """[2,4]T(1,0): 0 to 7 as a matrix of 2 x 4, transposed; 0,2,1,3: as it stands."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?", text)
+    if found is None:
+        return np.array(_integers(text))
+    sizes = _integers(found[1])
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(_integers(found[2])) if found[2] else ids
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

@@ -1,0 +1,45 @@
+"""Devices that are not here: TPU topologies as libtpu describes them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+
+import jax
+
+from polyglot_jax.config import InputError
+from polyglot_jax.hardware import CHIPS, Chip
+
+# libtpu otherwise asks a metadata server that only Google's machines have, and refuses to be loaded by two processes.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def describe(name: str) -> tuple[Chip, list[jax.Device]]:
+    """ "v5e:16x16" -> the chip and the devices of the topology; InputError if there is none of that name."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if found is None or found[1] not in CHIPS:
+        raise InputError(
+            f"--topology {name}: expected CHIP:SIZE, CHIP one of {', '.join(CHIPS)}, such as v5e:16x16 or v5p:4x8x8. "
+            "(GPUs: XLA compiles for a GPU only where its driver and a card are)"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(f"--topology {name}: needs the TPU compiler; pip install -r requirements-tpu.txt")
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
+        raise InputError(f"--topology {name}: the TPU compiler knows none of that name: {error}") from error
+    if len(devices) != math.prod(map(int, found[2].split("x"))):
+        raise InputError(f"--topology {name}: has {len(devices)} devices, not one for each chip")
+    return CHIPS[found[1]], list(devices)

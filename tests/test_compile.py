@@ -1,0 +1,315 @@
+"""The compile check: what is read from a compiled program's text, and what it is taken to cost."""
+
+import importlib.util
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from polyglot_jax.__main__ import VERBS
+from polyglot_jax.attention import kernel_flops
+from polyglot_jax.cli import run
+from polyglot_jax.compile import hlo
+from polyglot_jax.compile.cost import Estimator, replica_groups
+from polyglot_jax.compile.topology import describe
+from polyglot_jax.config import InputError
+from polyglot_jax.hardware import CHIPS
+
+CHIP = CHIPS["v5e"]
+
+
+def text_of(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def cost(text, places=((0, 0),), efficiency=0.5):
+    return Estimator(hlo.parse(text), CHIP, 197e12, places, kernel_flops, efficiency).cost()
+
+
+# --- Loops ---
+
+
+def scan(length):
+    return lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, length=length)[0]
+
+
+def nested(x):
+    return jax.lax.fori_loop(0, 7, lambda _, c: scan(5)(c) + 1, x)
+
+
+def by_threes(x):
+    return jax.lax.while_loop(lambda s: s[0] < 20, lambda s: (s[0] + 3, jnp.sin(s[1]) @ s[1]), (2, x))[1]
+
+
+def until_equal(x):
+    return jax.lax.while_loop(lambda s: s[0] <= 20, lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]), (2, x))[1]
+
+
+def turned_round(x):
+    return jax.lax.while_loop(lambda s: s[0] < 20, lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]), (2, x))[1]
+
+
+@pytest.mark.parametrize(
+    "function, trips",
+    [
+        (scan(13), [13]),
+        (lambda x: jax.lax.fori_loop(3, 17, lambda _, c: jnp.sin(c) @ c, x), [14]),
+        (nested, [5, 7]),
+        (by_threes, [6]),
+        (until_equal, [19]),
+        (turned_round, [18]),
+        (jax.grad(lambda x: scan(9)(x).sum()), [9, 9]),
+    ],
+)
+def test_trip_counts_of_real_loops(function, trips):
+    assert sorted(cost(text_of(function, jnp.ones((8, 8)))).loops.values()) == trips
+
+
+def test_a_loop_that_depends_on_data_is_refused():
+    def function(x):
+        return jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c * 2, x)
+
+    with pytest.raises(InputError, match="how often it runs cannot be told"):
+        cost(text_of(function, jnp.ones(8)))
+
+
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [
+        ("direction=LT", "direction=NE", "not of the form counter < limit"),
+        ("constant(6)", "constant(1.5)", "its limit is a constant, no integer"),
+        ("add(%i, %one)", "multiply(%i, %one)", "its counter does not grow by a constant"),
+        ("compare(%j, %limit)", "compare(%j, %other)", "its limit changes while it runs"),
+    ],
+)
+def test_a_loop_of_another_form_is_refused(old, new, reason):
+    assert cost(LOOP).loops == {"loop": 6}
+    assert old in LOOP
+    with pytest.raises(InputError, match=reason):
+        cost(LOOP.replace(old, new))
+
+
+# --- Costs ---
+
+# As the TPU compiler writes: a product of 300 cycles in a loop that runs 6 times, one of 1,000 outside it, a kernel.
+LOOP = """HloModule example, is_scheduled=true
+
+%body (state: (s32[], bf16[8,128], s32[])) -> (s32[], bf16[8,128], s32[]) {
+  %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, /*index=2*/s32[]) parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
+  %n = s32[] get-tuple-element(%state), index=2
+  %m = s32[] add(%n, %one)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %y = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), calls=%inside, backend_config={"x":{"estimated_cycles":"300"}}
+  ROOT %out = (s32[], bf16[8,128], s32[]) tuple(%next, %y, %m)
+}
+
+%inside (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  ROOT %b = bf16[8,128]{1,0} multiply(%a, %a), backend_config={"window_config":{"estimated_cycles":"77"}}
+}
+
+%condition (before: (s32[], bf16[8,128], s32[])) -> pred[] {
+  %before = (s32[], bf16[8,128], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%before), index=0
+  %other = s32[] get-tuple-element(%before), index=2
+  %limit = s32[]{:T(128)} constant(6)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %copied = s32[] copy(%zero), backend_config={"window_config":{"estimated_cycles":"10"}}
+  %start = (s32[], bf16[8,128], s32[]) tuple(%copied, %p, %zero)
+  %loop = (s32[], bf16[8,128], s32[]) while(%start), condition=%condition, body=%body, metadata={op_name="layers"}
+  %z = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
+  ROOT %last = bf16[8,128]{1,0} convolution(%z, %p), backend_config={"window_config":{"estimated_cycles":"1000"}}
+}
+"""
+
+
+def in_body(line):
+    return LOOP.replace("  ROOT %out", f"  {line}\n  ROOT %out")
+
+
+def test_cycles_are_multiplied_through_loops_and_a_fusion_counts_once():
+    assert cost(LOOP).compute == pytest.approx((10 + 6 * 300 + 1000) / 1.5e9)
+
+
+def test_what_has_no_estimate_is_costed_by_its_bytes():
+    assert cost(in_body("%s = f32[1000,2] sort(%x), dimensions={0}")).moved - cost(LOOP).moved == pytest.approx(
+        6 * (8000 + 8 * 128 * 2) / 819e9
+    )
+
+
+def test_kernels_are_costed_by_their_products():
+    call = '%splash_mha_fwd_residuals.1 = bf16[4,2,512,128] custom-call(%x, %q), custom_call_target="tpu_custom_call"'
+    found = cost(in_body(f"%q = bf16[4,2,512,128] bitcast(%x)\n  {call}"))
+    flops = 2 * 2 * 4 * 2 * 512 * 512 * 128
+    assert [(kernel.times, kernel.flops) for kernel in found.kernels] == [(6, flops)]
+    assert found.kernel_seconds == pytest.approx(6 * flops / 98.5e12)
+    assert found.step == pytest.approx(found.compute + found.moved + found.kernel_seconds)
+
+
+@pytest.mark.parametrize("name, target", [("mystery.1", "tpu_custom_call"), ("splash_mha_fwd.1", "x"), ("c.1", "TopK")])
+def test_a_kernel_whose_products_are_not_known_is_refused(name, target):
+    with pytest.raises(InputError, match=f"{name}: custom call to {target} .*cannot be estimated"):
+        cost(
+            in_body(f'%{name} = bf16[8,128] custom-call(%x), custom_call_target="{target}", metadata={{op_name="a/b"}}')
+        )
+
+
+TORUS = [(x, y) for x in range(16) for y in range(16)]
+
+
+def collective(line, places=TORUS):
+    (found,) = cost(in_body(line), places).collectives
+    return found
+
+
+@pytest.mark.parametrize(
+    "line, size, link_bytes",
+    [
+        # 16 x 16 chips, both axes closed to rings: four links.
+        ("%g = bf16[256,4096] all-gather(%x), replica_groups=[1,256]<=[256], dimensions={0}", 2 << 20, 255 / 256 / 4),
+        ("%g = bf16[4,4] reduce-scatter(%x), replica_groups=[1,256]<=[256], dimensions={0}", 2048, 255 / 256 / 4),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[1,256]<=[256]", 2048, 2 * 255 / 256 / 4),
+        # One axis: two links.
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[16,16]<=[256]", 2048, 2 * 15 / 16 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[16,16]<=[16,16]T(1,0)", 2048, 2 * 15 / 16 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=mesh['a'=16,'b'=16] {'b'}, to_apply=%inside", 2048, 15 / 16),
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[16,16]<=[256]", 2048, 4 * 15 / 16 / 2),
+        ("%g = bf16[8,128] collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 2048, 1),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups={{0},{1}}", 2048, 0),
+    ],
+)
+def test_collectives_cost_the_bytes_on_their_busiest_link(line, size, link_bytes):
+    found = collective(line)
+    assert (found.times, found.bytes, found.overlaps) == (6, size, False)
+    assert found.link_bytes == pytest.approx(size * link_bytes)
+    assert found.seconds == pytest.approx(found.link_bytes / 45e9)
+
+
+def test_an_axis_that_is_no_ring_has_one_link():
+    line = "%g = bf16[8,128] all-reduce(%x), replica_groups=[1,8]<=[8]"
+    assert collective(line, [(0, y) for y in range(8)]).link_bytes == pytest.approx(2048 * 2 * 7 / 8)
+
+
+def test_groups_are_read_in_every_form():
+    def groups(text):
+        return replica_groups(hlo.Instruction("g", "all-reduce", (), (), text), 8).tolist()
+
+    assert groups("replica_groups=[2,4]<=[8]") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups("replica_groups=[4,2]<=[2,4]T(1,0)") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert groups("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}") == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    moved = "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}"
+    assert groups(moved) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert groups("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}") == [[3, 2], [1, 0]]
+    assert groups("replica_groups={{0,2},{1,3}}") == [[0, 2], [1, 3]]
+    assert groups("replica_groups={}") == [list(range(8))]
+    with pytest.raises(InputError, match="cannot be read"):
+        groups("replica_groups=something")
+    with pytest.raises(InputError, match="cannot be read"):
+        groups("replica_groups=mesh['a'=8] {'a':(2)4}")
+
+
+CHAIN = """
+%started (c: bf16[8,128]) -> bf16[8,128] {
+  %c = bf16[8,128] parameter(0)
+  %g.1 = bf16[256,8,128] all-gather(%c), replica_groups=[1,256]<=[256], frontend_attributes={chain_id="5"}
+  ROOT %s = bf16[8,128] custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%woven (d: bf16[8,128]) -> bf16[8,128] {
+  %d = bf16[8,128] parameter(0)
+  %g.2 = bf16[256,8,128] all-gather(%d), replica_groups=[1,256]<=[256], frontend_attributes={chain_id="5"}
+  ROOT %e = bf16[8,128] multiply(%d, %d)
+}
+
+ENTRY"""
+
+
+def test_a_collective_woven_into_fusions_counts_once_and_overlaps():
+    start = "%u = bf16[8,128] fusion(%x), kind=kCustom, calls=%started"
+    more = '%v = bf16[8,128] fusion(%u), calls=%woven, backend_config={"estimated_cycles":"50"}'
+    found = cost(in_body(f"{start}\n  {more}").replace("\nENTRY", CHAIN), TORUS)
+    assert [(c.times, c.bytes, c.overlaps) for c in found.collectives] == [(6, 256 * 2048, True)]
+    assert found.waiting == 0 and found.links > found.busy  # so the links are what takes the time
+    assert found.step == found.links
+    assert found.compute - cost(LOOP).compute == pytest.approx(6 * 50 / 1.5e9)
+    with pytest.raises(InputError, match="was not started"):
+        cost(in_body(more.replace("%u", "%x")).replace("\nENTRY", CHAIN), TORUS)
+
+
+def test_collectives_of_a_real_program():
+    """A product summed over 8 devices in a loop of 3: one all-reduce of float32[16, 4] each time."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "a"), ()))
+
+    def function(x, w):
+        def step(c, _):
+            y = jax.lax.with_sharding_constraint(c @ w.T, whole)
+            return jax.lax.with_sharding_constraint(jnp.sin(y) @ w, split), None
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    x, w = jnp.ones((16, 64)), jnp.ones((4, 64))
+    text = jax.jit(function, in_shardings=(split, split)).lower(x, w).compile().as_text()
+    (found,) = cost(text, [(0, y) for y in range(8)]).collectives
+    assert (found.kind, found.times, found.bytes, found.devices) == ("all-reduce", 3, 16 * 4 * 4, 8)
+
+
+# --- The command ---
+
+
+def test_text_that_is_no_hlo_is_refused():
+    with pytest.raises(InputError, match="not HLO"):
+        hlo.parse("error: nothing here")
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x", "gpu:8"])
+def test_an_unknown_topology_is_refused_with_the_names_there_are(name):
+    with pytest.raises(InputError, match=re.escape(f"--topology {name}: expected CHIP:SIZE, CHIP one of v5e, v5p")):
+        describe(name)
+
+
+def test_without_the_compiler_the_command_says_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    with pytest.raises(InputError, match=r"pip install -r requirements-tpu.txt"):
+        describe("v5e:2x2")
+
+
+@pytest.mark.slow
+def test_a_small_step_is_compiled_for_eight_tpus(tmp_path, capsys):
+    """The estimate adds up, loops run once a layer, and no product of the attention is computed again."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install -r requirements-tpu.txt")
+    out, text = tmp_path / "estimate.json", tmp_path / "step.txt"
+    sizes = "--model.layers 3 --model.embed 256 --model.heads 2 --model.mlp 512 --model.context 512"
+    steps = "--train.sequence-length 512 --train.batch-size 16 --train.dtype bfloat16 --train.remat products"
+    command = f"compile --topology v5e:2x4 {sizes} {steps} --mesh.fsdp 8 --json {out} --dump-hlo {text}"
+    assert run(VERBS, "polyglot_jax", command.split()) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert printed.startswith("ESTIMATE, not a measurement") and "TPU v5 lite" in printed
+    seconds = found["seconds"]
+    largest = max(sum(seconds[name] for name in ("compute", "moved", "kernels")), seconds["busiest_link"],
+                  seconds["background_copies"])  # fmt: skip
+    assert seconds["step"] == pytest.approx(largest + seconds["not_overlapped_collectives"])
+    assert sorted(found["loops"].values())[-2:] == [3, 3]  # forward and backward
+    # Forward, dq and dk with dv, on 2 rows, once a layer: nothing is computed again.
+    product = 2 * 2 * 2 * 512 * 512 * 128
+    assert sorted((k["times"], k["flops"] // product) for k in found["kernels"]) == [(3, 2), (3, 3), (3, 4)]
+    assert found["fits"] and found["attention"] == "splash"
+    assert found["memory"]["total"] < found["memory"]["free_on_chip"] == int(15.75 * 2**30)
+    assert hlo.parse(text.read_text()).entry
+
+    # Logits of 1,024 rows a chip: 512 x 30,080 float32 each.
+    assert run(VERBS, "polyglot_jax", command.replace("--train.batch-size 16", "--train.batch-size 8192").split()) == 1
+    assert "does not fit" in capsys.readouterr().err
