@@ -24,8 +24,8 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m "not slow"
 
-test-all: .venv/installed-test
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
+test-all: test
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
