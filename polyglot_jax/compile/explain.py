@@ -52,6 +52,7 @@ def explain(config: Config, topology: str | None) -> str:
 
 def _simulated(config: Config) -> list[jax.Device]:
     count = math.prod(max(size, 1) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+    jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):  # JAX has started, and what it has must do
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")

@@ -34,6 +34,8 @@ def describe(name: str) -> tuple[Chip, list[jax.Device]]:
         raise InputError(f"--topology {name}: needs the TPU compiler; pip install -r requirements-tpu.txt")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    if not jax.config.jax_platforms:  # with libtpu installed, JAX would look for TPUs here first
+        jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
