@@ -157,6 +157,12 @@ def test_kernels_are_costed_by_their_products():
     assert found.step == pytest.approx(found.compute + found.moved + found.kernel_seconds)
 
 
+def test_a_kernel_of_one_row_has_no_batch_axis():
+    call = '%splash_mha_dq.1 = bf16[2,512,128] custom-call(%t, %q), custom_call_target="tpu_custom_call"'
+    found = cost(in_body(f"%t = s8[1,4,4] bitcast(%x)\n  %q = bf16[2,512,128] bitcast(%x)\n  {call}"))
+    assert [kernel.flops for kernel in found.kernels] == [3 * 2 * 2 * 512 * 512 * 128]
+
+
 @pytest.mark.parametrize("name, target", [("mystery.1", "tpu_custom_call"), ("splash_mha_fwd.1", "x"), ("c.1", "TopK")])
 def test_a_kernel_whose_products_are_not_known_is_refused(name, target):
     with pytest.raises(InputError, match=f"{name}: custom call to {target} .*cannot be estimated"):

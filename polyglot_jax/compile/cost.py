@@ -164,8 +164,9 @@ class Estimator:
         return cost
 
     def _kernel(self, scope: Computation, it: Instruction, times: int) -> Kernel:
-        shapes = [shape.dims for name in it.operands for shape in scope.instructions[name].shapes]
-        queries = next((dims for dims in shapes if len(dims) >= 4), ())
+        shapes = [shape for name in it.operands for shape in scope.instructions[name].shapes]
+        # What comes before them are tables of blocks, integers; a batch of one row has lost its axis.
+        queries = next((s.dims for s in shapes if "f" in s.dtype and len(s.dims) >= 3), ())
         flops = self._kernel_flops(it.name, queries)
         if flops is None:
             raise InputError(
