@@ -199,17 +199,21 @@ def _write_shards(path: Path, source: Source, tensors: list[Outgoing], shard_byt
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    weight_map, checksums = {}, {}
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
     non_finite: Counter[str] = Counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.stem}") as progress:
-        for number, shard in enumerate(shards, 1):
-            several = len(shards) > 1
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
+
+        def write_one(file: str, shard: list[Outgoing]) -> dict[str, int]:
             table = [(tensor.key, tensor.shape, dtype) for tensor, dtype in shard]
-            values = _slabs(source, shard, progress, non_finite)
-            checksums[file] = safetensors_files.write(path / file, table, values)
-            weight_map |= {tensor.key: file for tensor, _ in shard}
+            return safetensors_files.write(path / file, table, _slabs(source, shard, progress, non_finite))
+
+        # A few at once: the system lets one write at a time into a file.
+        written = in_order(lambda item: write_one(*item), zip(files, shards, strict=True))
+        checksums = dict(zip(files, written, strict=True))
     if len(shards) > 1:
+        weight_map = {tensor.key: file for file, shard in zip(files, shards, strict=True) for tensor, _ in shard}
         _dump(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_checksums(path, checksums)
     return dict(non_finite)
