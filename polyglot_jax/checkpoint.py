@@ -5,7 +5,7 @@
       optimizer/       the optimizer's state, where training wrote it
       config.json      the Config
       tokenizer.json   as it was given, where there was one
-      manifest.json    step; shape and dtype of each parameter; size and CRC-32 of every file, and of itself
+      manifest.json    step and metrics; shape and dtype of each parameter; size and CRC-32 of every file, and of itself
 
 A leaf under "layers" is stacked, [layers, ...], and no chunk on disk spans two layers, so one layer can be read alone.
 A checkpoint is written beside its place under another name and renamed when it is whole.
@@ -13,11 +13,14 @@ A checkpoint is written beside its place under another name and renamed when it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +33,7 @@ from tqdm import tqdm
 from polyglot_jax import store
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.files import new_folder, read_config
+from polyglot_jax.orbax_noise import quiet
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import read_text
@@ -59,19 +63,23 @@ def unflatten(leaves: dict[str, Any]) -> Tree:
     return tree
 
 
-def _orbax() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False))
+def _orbax() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
 
 
-def _save_tree(path: Path, tree: Any) -> None:
+def _start_tree(path: Path, tree: Any) -> ocp.AsyncCheckpointer:
+    """Copies `tree` to the host and begins to write it; whoever asked waits for it, and closes."""
+
     def arguments(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
         stacked = any(getattr(key, "key", None) == "layers" for key in path) and leaf.ndim
         # In small chunks, so that conversion can read a part of a large matrix; Orbax alone puts one in one chunk.
         return ocp.SaveArgs(shard_axes=(0,) if stacked else (), chunk_byte_size=store.CHUNK)
 
-    with _orbax() as checkpointer:
-        args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
-        checkpointer.save(path, args=args)
+    # Orbax gives up after 20 minutes, which a slow disk needs for a few hundred gigabytes.
+    checkpointer = ocp.AsyncCheckpointer(_orbax(), async_options=ocp.options.AsyncOptions(timeout_secs=86_400))
+    args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
+    checkpointer.save(path, args=args)
+    return checkpointer
 
 
 def save(
@@ -89,11 +97,42 @@ def save(
     InputError if something is at `path` (unless `overwrite`, and it is a checkpoint) or the disk fills; whatever goes
     wrong, what was at `path` stays and no partial checkpoint takes its name.
     """
-    with new_folder(path, is_checkpoint, overwrite=overwrite) as folder:
-        _save_tree(folder / "params", params)
-        if optimizer is not None:
-            _save_tree(folder / "optimizer", optimizer)
-        _write_rest(folder, config, tokenizer, step, flatten(params), {})
+    start_save(path, config, params, optimizer=optimizer, tokenizer=tokenizer, step=step, overwrite=overwrite).result()
+
+
+def start_save(
+    path: str | Path,
+    config: Config,
+    params: Tree,
+    *,
+    optimizer: Any = None,
+    tokenizer: str | None = None,
+    step: int = 0,
+    metrics: dict[str, float] | None = None,
+    overwrite: bool = False,
+) -> Future[None]:
+    """As `save`, but returns once the arrays are copied to the host, so that they may change or be donated.
+
+    The future ends when the checkpoint is in its place, or with the exception. metrics: what is noted with the step.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        folder = stack.enter_context(new_folder(path, is_checkpoint, overwrite=overwrite))
+        trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
+        writing = [stack.enter_context(contextlib.closing(_start_tree(folder / n, t))) for n, t in trees.items()]
+        leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(params).items()}
+        held = stack.pop_all()
+
+    def finish() -> None:
+        with held:
+            for checkpointer in writing:
+                checkpointer.wait_until_finished()
+            _write_rest(folder, config, tokenizer, step, leaves, {}, metrics)
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+    future = pool.submit(finish)
+    pool.shutdown(wait=False)  # it takes no more work; Python waits for what it has
+    return future
 
 
 class Copied(NamedTuple):
@@ -149,6 +188,7 @@ def _write_rest(
     step: int,
     params: dict[str, Any],
     known: dict[str, tuple[int, int]],
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """All but the arrays. `known`: size and checksum of files that need not be read for them."""
     (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
@@ -165,6 +205,7 @@ def _write_rest(
         "format": FORMAT,
         "version": VERSION,
         "step": step,
+        "metrics": metrics or {},
         "params": {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in params.items()},
         "files": files,
     }
@@ -225,28 +266,59 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def of_run(run: str | Path) -> list[Path]:
+    """The checkpoints in a run folder, the newest first."""
+    folders = [folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
+
+
 def newest(run: str | Path) -> Path | None:
     """The checkpoint of the last step in a run folder, or None."""
-    return next(reversed(_steps(run)), None)
+    return next(iter(of_run(run)), None)
 
 
-def _steps(run: str | Path) -> list[Path]:
-    """The checkpoints in a run folder, oldest first."""
-    whole = (folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit())
-    return sorted(whole, key=lambda folder: int(folder.name))
+def newest_whole(run: str | Path) -> Checkpoint | None:
+    """The newest checkpoint of a run whose every byte is as it was written; None if the run has none.
+
+    Damaged ones after it are named on stderr, and set aside as STEP.damaged. InputError if all are damaged.
+    """
+    folders, damaged = of_run(run), []
+    for folder in folders:
+        try:
+            found = Checkpoint(folder)
+            found.check()
+        except (InputError, OSError) as error:
+            print(f"warning: {error}", file=sys.stderr)
+            damaged.append(folder)
+            continue
+        for other in damaged:
+            aside = other.with_name(f"{other.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+            print(f"warning: {other}: set aside as {aside.name}; going on from {folder}", file=sys.stderr)
+        return found
+    if damaged:
+        raise InputError(f"{run}: none of its {len(damaged)} checkpoints is whole; begin anew in another folder")
+    return None
 
 
-def prune(run: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of a run (0: none), after a new one is whole."""
-    if keep:
-        for folder in _steps(run)[:-keep]:
+def prune(run: str | Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints of a run (0: none), except those of every `keep_every` steps.
+
+    And what saves that were killed have left, so nothing may be being written.
+    """
+    for folder in Path(run, "checkpoints").glob("*.incomplete"):
+        shutil.rmtree(folder)
+    for folder in of_run(run)[keep:] if keep else []:
+        if not (keep_every and int(folder.name) % keep_every == 0):
+            (folder / "manifest.json").unlink(missing_ok=True)  # without it nothing loads what is being deleted
             shutil.rmtree(folder)
 
 
 class Checkpoint:
     """A checkpoint on disk, whole as far as names and sizes tell; what is read is checked, byte for byte, before.
 
-    .config .step .tokenizer (text of tokenizer.json, or None) .params ({name: ShapeDtypeStruct})
+    .config .step .metrics .tokenizer (text of tokenizer.json, or None) .params ({name: ShapeDtypeStruct})
     """
 
     def __init__(self, path: str | Path):
@@ -264,10 +336,11 @@ class Checkpoint:
             found = file.stat().st_size if file.is_file() else None
             if found != entry["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-                raise InputError(f"{file}: {state}; {_DAMAGED} (a run takes the one before when {path} is deleted)")
+                raise InputError(f"{file}: {state}; {_DAMAGED}")
         # Not the arrays' chunks, in folders c (zarr's) or d (OCDBT's): those are checked when they are read.
         self._check(*(name for name in self._files if "/c/" not in name and "/d/" not in name))
         self.step: int = manifest["step"]
+        self.metrics: dict[str, float] = manifest.get("metrics", {})
         self.config = read_config(path / "config.json")
         self.tokenizer = read_text(path / "tokenizer.json")
         self.params = {
@@ -281,6 +354,10 @@ class Checkpoint:
         with self._checking:
             for name in sorted(self._unchecked.intersection(names)):
                 self._compare(name, _crc32(self.path / name))
+
+    def check(self) -> None:
+        """Compare every file with its checksum; InputError naming the first that is not as it was written."""
+        self._check_folder("")
 
     def _check_folder(self, folder: str) -> None:
         self._check(*(name for name in self._files if name.startswith(folder)))
@@ -334,5 +411,5 @@ class Checkpoint:
     def _restore(self, part: str, abstract: Any) -> Any:
         self._check_folder(f"{part}/")
         args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), abstract)
-        with _orbax() as checkpointer:
+        with ocp.Checkpointer(_orbax()) as checkpointer:
             return checkpointer.restore(self.path / part, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))

@@ -253,7 +253,7 @@ class TrainConfig:
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Kernel of causal attention; auto: splash on TPUs, cudnn on NVIDIA GPUs, xla elsewhere and for other sizes."""
     log_every: int = 10
-    """Steps between rows of the log; the loss is checked to be finite at each."""
+    """Steps between rows of the log; what is not finite is noticed there."""
     eval_every: int = 1000
     """Steps between held-out losses; one is always taken at the start and at the end; 0: those two only."""
     eval_sequences: int = 1024
@@ -262,10 +262,16 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end; 0: that one only."""
     keep: int = 3
     """Newest checkpoints kept; 0: all."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept besides; 0: none."""
+    if_save_fails: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written, for want of room say, ends the run; or is warned of, but for the last."""
+    skip_limit: int = 3
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         _require_positive("train", self, "steps", "batch_size", "sequence_length", "accumulate", "log_every")
-        for name in ("eval_every", "eval_sequences", "checkpoint_every", "keep"):
+        for name in ("eval_every", "eval_sequences", "checkpoint_every", "keep", "keep_every", "skip_limit"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "must be in [0, 2^31)")
         _require(

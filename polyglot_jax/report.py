@@ -12,8 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from polyglot_jax import checkpoint, steps
+from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import InputError
 from polyglot_jax.data import Batches
+from polyglot_jax.diagnosis import diagnose
 from polyglot_jax.hardware import peak_flops
 from polyglot_jax.log import Log
 from polyglot_jax.optimizer import schedule
@@ -28,10 +30,20 @@ def is_due(every: int, step: int, total: int) -> bool:
 
 
 class Reporter:
-    """What a run says of itself: log rows, the progress line, held-out losses; stops at a loss that is not finite."""
+    """What a run says of itself: log rows, the progress line, held-out losses; stops when too many steps are skipped.
 
-    def __init__(self, program: Program, batches: Batches, tokenizer: Tokenizer | None, out: Path, first: int):
-        """Goes on after step `first` of the run at `out`; without a tokenizer there are no bits per byte."""
+    .skipped: steps of the run so far whose loss or gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batches: Batches,
+        tokenizer: Tokenizer | None,
+        out: Path,
+        start: Checkpoint | None = None,
+    ):
+        """Goes on after `start` in the run at `out`; without a tokenizer there are no bits per byte."""
         config = program.config
         self._config, self._program, self._out = config, program, out
         self._batches, self._bytes = batches, tokenizer.byte_lengths() if tokenizer else None
@@ -44,10 +56,13 @@ class Reporter:
         self._attention_flops = 6 * config.model.layers * config.model.embed * config.train.sequence_length
         self._peak, source = peak_flops(config.train.dtype, program.batch.tokens.sharding.mesh.size)
         print(f"MFU is a share of {self._peak / 1e12:.3g} TFLOP/s ({source}), counting 6N FLOPs a token")
+        first = start.step if start else 0
         self._log = Log(out, first)
         self._progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step")
         self._window: list[dict[str, jax.Array]] = []
-        self._checked = first
+        self._newest: dict[str, float] = {}
+        self._checked, self._in_a_row = first, 0
+        self.skipped = int(start.metrics.get("skipped", 0)) if start else 0
         self.restart_clock()
 
     def __enter__(self) -> Reporter:
@@ -61,50 +76,66 @@ class Reporter:
         """Leave out of the speed what was done since the last row: evaluation, a checkpoint."""
         self._timed, self._clock = 0, time.perf_counter()
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take in the metrics of a step; every train.log_every steps, check, log and show them."""
+    def step(self, step: int, metrics: dict[str, jax.Array], state: TrainState) -> None:
+        """Take in the metrics of a step, and the state after it; every train.log_every steps, log and show them."""
         train = self._config.train
         self._window.append(metrics)
         self._timed += 1
         self._progress.update()
         if not is_due(train.log_every, step, train.steps):
             return
-        values = self.check_finite(step)
+        values = dict(self.settle(step, state))
         speed = self._timed * train.batch_size * train.sequence_length / (time.perf_counter() - self._clock)
         values |= {
-            "learning_rate": float(self._rate(step - 1)),
+            "learning_rate": float(self._rate(step - 1 - self.skipped)),  # a skipped step moves no schedule
+            "skipped": self.skipped,
             "tokens_per_second": speed,
             "mfu": speed * self._flops / self._peak,
             "mfu_with_attention": speed * (self._flops + self._attention_flops) / self._peak,
         }
         self._log.write(step, **values)
         self._progress.set_postfix_str(
-            f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"loss {values.get('loss', math.nan):.4f}, lr {values['learning_rate']:.2e}, "
             f"{speed:,.0f} tokens/s, MFU {values['mfu']:.1%}"
         )
         self.restart_clock()
 
-    def check_finite(self, step: int) -> dict[str, float]:
-        """Wait for the steps since the last check; InputError if a loss or gradient among them is not finite.
+    def settle(self, step: int, state: TrainState) -> dict[str, float]:
+        """Wait for the steps since the last time and count those that were skipped; InputError at too many in a row,
+        and if the parameters are not finite.
 
-        Returns the newest step's values ({} if there is none since).
+        Returns those of the newest step's values that are finite.
         """
         window = jax.device_get(self._window)
         self._window = []
         for number, values in enumerate(window, self._checked + 1):
-            bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
-            if bad:
-                newest = checkpoint.newest(self._out)
+            if not math.isfinite(values["parameter_norm"]):
                 raise InputError(
-                    f"steps {self._checked + 1} to {step}: {bad[0]} at step {number}; nothing after it was saved "
-                    f"(newest checkpoint: {newest or 'none'}); lower optimizer.learning_rate, or look at the data there"
+                    f"step {number}: parameter_norm={values['parameter_norm']}: its update was too large, and nothing "
+                    f"after it was saved; lower optimizer.learning_rate {self._newest_checkpoint()}"
                 )
+            bad = [f"{name}={values[name]}" for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+            self._in_a_row = self._in_a_row + 1 if bad else 0
+            if bad:
+                self.skipped += 1
+                self._progress.write(f"step {number}: {bad[0]}; skipped ({self.skipped} so far)")
+            if self._in_a_row > self._config.train.skip_limit:
+                where = diagnose(self._program, self._batches, state.params, number)
+                raise InputError(
+                    f"step {number}: {bad[0]}; train.skip_limit={self._config.train.skip_limit} allows no more such "
+                    f"steps in a row. {where}. Lower optimizer.learning_rate, or look at the data there "
+                    f"{self._newest_checkpoint()}"
+                )
+            self._newest = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._checked = step
-        return {name: float(value) for name, value in window[-1].items()} if window else {}
+        return self._newest
+
+    def _newest_checkpoint(self) -> str:
+        return f"(newest checkpoint: {checkpoint.newest(self._out) or 'none'})"
 
     def heldout(self, step: int, state: TrainState) -> None:
         """Log the loss on the held-out text: nats per token and, given the tokenizer, bits per byte of UTF-8."""
-        self.check_finite(step)
+        self.settle(step, state)
         size = self._config.train.batch_size // self._config.train.accumulate
         loss, count, length = 0.0, 0.0, 0
         rows = self._batches.heldout(self._config.train.eval_sequences)

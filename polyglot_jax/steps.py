@@ -119,12 +119,25 @@ def gradients(model: Transformer, params: Params, batch: Batch, parts: int) -> t
 def train_step(
     model: Transformer, optimizer: optax.GradientTransformation, parts: int, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step. Metrics: loss (nats per token) and gradient_norm, before clipping; both float32[]."""
+    """One optimizer step, or none where loss or gradient are not finite: the state is then what it was.
+
+    Metrics, float32[]: loss (nats per token), gradient_norm (before clipping), parameter_norm (after the update).
+    """
     loss, grads = gradients(model, state.params, batch, parts)
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads).astype(jnp.float32)}
-    return TrainState(params, opt_state), metrics
+
+    def update(state: TrainState) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state)
+
+    metrics = {"loss": loss, "gradient_norm": _norm(grads)}
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    # Not a `where`, which would hold the parameters before and after at the same time.
+    state = jax.lax.cond(is_finite, update, lambda state: state, state)
+    return state, metrics | {"parameter_norm": _norm(state.params)}
+
+
+def _norm(tree: Any) -> jax.Array:
+    return optax.tree.norm(tree).astype(jnp.float32)
 
 
 def prefill(

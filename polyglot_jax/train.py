@@ -10,6 +10,7 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -22,12 +23,15 @@ from polyglot_jax import checkpoint, sharding
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.data import Batches, find_tokenizer
-from polyglot_jax.files import read_config
+from polyglot_jax.files import locked, read_config
 from polyglot_jax.log import plot_losses
 from polyglot_jax.model import Params
 from polyglot_jax.optimizer import schedule
+from polyglot_jax.preemption import Preemption
 from polyglot_jax.program import Program
 from polyglot_jax.report import Reporter, is_due
+from polyglot_jax.saver import Saver
+from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, read_tokenizer
 
@@ -42,6 +46,9 @@ _MAY_CHANGE = {
     "train.eval_sequences",
     "train.checkpoint_every",
     "train.keep",
+    "train.keep_every",
+    "train.if_save_fails",
+    "train.skip_limit",
 }
 
 _INPUTS = "inputs.json"
@@ -61,41 +68,51 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
     sharding.check(config, mesh)
     batches = Batches(config)
     inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": str(init) if init else None}
-    start = _find_start(config, out, inputs)
-    first = start.step if start else 0
-    if start and first >= total:
-        print(f"{out}: is at step {first} already; raise --train.steps above {total} to go on")
-        if not (out / "loss.png").is_file():  # the run was killed after its last checkpoint
-            print(f"wrote {plot_losses(out)}")
-        return start.path
-    params = _initial_params(config, mesh, init, tokenizer) if init and not start else None
+    _check_run(config, out, inputs)
+    source = _initial_source(config, init, tokenizer) if init and checkpoint.newest(out) is None else None
     program = Program.make(config, mesh)
-    print(_describe(config, mesh, batches, start))
 
-    with jax.set_mesh(mesh):
-        state = program.restore(start) if start else program.first_state(params or program.random_params())
+    with contextlib.ExitStack() as stack:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(out.with_name(f".{out.name}.lock")))
+        start = checkpoint.newest_whole(out)
+        first = start.step if start else 0
+        if start and first >= total:
+            print(f"{out}: is at step {first} already; raise --train.steps above {total} to go on")
+            if not (out / "loss.png").is_file():  # the run was killed after its last checkpoint
+                print(f"wrote {plot_losses(out)}")
+            return start.path
+        print(_describe(config, mesh, batches, start))
+        stack.enter_context(jax.set_mesh(mesh))
+        state = program.restore(start) if start else program.first_state(_first_params(program, mesh, source))
         _write_run(out, config, tokenizer, inputs)
         step_function = program.compile()
-        with Reporter(program, batches, tokenizer, out, first) as report:
-            if first == 0:
-                report.heldout(0, state)
-            for step, batch in enumerate(program.batches(batches, first), first + 1):
-                state, metrics = step_function(state, batch)
-                report.step(step, metrics)
-                if is_due(config.train.eval_every, step, total):
-                    report.heldout(step, state)
-                if is_due(config.train.checkpoint_every, step, total):
-                    report.check_finite(step)
-                    text = tokenizer.to_json() if tokenizer else None
-                    path = out / "checkpoints" / str(step)
-                    checkpoint.save(path, config, state.params, optimizer=state.optimizer, tokenizer=text, step=step)
-                    checkpoint.prune(out, config.train.keep)
-                    report.restart_clock()
+        report = stack.enter_context(Reporter(program, batches, tokenizer, out, start))
+        preemption = stack.enter_context(Preemption())
+        saver = stack.enter_context(Saver(out, config, tokenizer.to_json() if tokenizer else None))
+        if first == 0:
+            report.heldout(0, state)
+        for step, batch in enumerate(program.batches(batches, first), first + 1):
+            state, metrics = step_function(state, batch)
+            report.step(step, metrics, state)
+            saver.poll()
+            if is_due(config.train.eval_every, step, total):
+                report.heldout(step, state)
+            is_last = step == total or preemption.asked is not None
+            if is_last or is_due(config.train.checkpoint_every, step, total):
+                values = report.settle(step, state)
+                saver.save(step, state, values | {"skipped": report.skipped}, is_last=is_last)
+                report.restart_clock()
+            if is_last:
+                break
+    if step < total:
+        print(f"{out}: stopped by {preemption.asked} after step {step}, which is saved; the same command goes on")
     print(f"wrote {plot_losses(out)}")
-    return path
+    return out / "checkpoints" / str(step)
 
 
-def _initial_params(config: Config, mesh: Mesh, init: str | Path, tokenizer: Tokenizer | None) -> Params:
+def _initial_source(config: Config, init: str | Path, tokenizer: Tokenizer | None) -> Source:
+    """Where --init leads; InputError if its weights are no start for this run."""
     source = open_source(init)
     theirs = read_tokenizer(source)[1]
     if theirs and tokenizer and theirs.vocabulary != tokenizer.vocabulary:
@@ -103,14 +120,18 @@ def _initial_params(config: Config, mesh: Mesh, init: str | Path, tokenizer: Tok
     if source.config.model != config.model:
         first = next(line for name, line in _differences(source.config, config) if name.startswith("model."))
         raise InputError(f"--init {init}: another model: {first}")
-    return load_params(source, mesh, "float32", split=False)
+    return source
 
 
-def _find_start(config: Config, out: Path, inputs: dict[str, Any]) -> Checkpoint | None:
-    """The newest checkpoint of the run at `out`; None for a new run. InputError if it is not this run."""
+def _first_params(program: Program, mesh: Mesh, source: Source | None) -> Params:
+    return load_params(source, mesh, "float32", split=False) if source else program.random_params()
+
+
+def _check_run(config: Config, out: Path, inputs: dict[str, Any]) -> None:
+    """InputError if something is at `out` and it is not this run."""
     # A process killed while it began the run may have left what is written before config.json.
     if not out.exists() or (out.is_dir() and all(f.suffix == ".tmp" or f.name == _INPUTS for f in out.iterdir())):
-        return None
+        return
     file = out / "config.json"
     if not (file.is_file() and (out / _INPUTS).is_file()):
         raise InputError(f"--out {out}: exists and is not a training run; choose another folder")
@@ -126,10 +147,8 @@ def _find_start(config: Config, out: Path, inputs: dict[str, Any]) -> Checkpoint
             f"--out {out}: a run with other settings is there: {'; '.join(differences)}; give the same settings to go "
             "on with it, or choose another folder"
         )
-    newest = checkpoint.newest(out)
-    if newest is None and before["init"] != inputs["init"]:
+    if checkpoint.newest(out) is None and before["init"] != inputs["init"]:
         raise InputError(f"--out {out}: began with --init {before['init']} and has no checkpoint yet; give it again")
-    return Checkpoint(newest) if newest else None
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, str]]:
@@ -165,7 +184,8 @@ def _describe(config: Config, mesh: Mesh, batches: Batches, start: Checkpoint | 
     first = start.step if start else 0
     jump = ""
     if start:
-        old, new = (float(schedule(c.optimizer, c.train.steps)(first)) for c in (start.config, config))
+        taken = first - int(start.metrics.get("skipped", 0))
+        old, new = (float(schedule(c.optimizer, c.train.steps)(taken)) for c in (start.config, config))
         end = start.config.optimizer.decay_steps or start.config.train.steps
         if old != new:
             jump = (

@@ -1,6 +1,5 @@
 """Small disks of their own, for what happens where room runs out or nothing may be written; all that lies there."""
 
-import gc
 import os
 import shutil
 import subprocess
@@ -23,8 +22,8 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        gc.collect()  # files that are still mapped keep a disk busy
-        subprocess.run(["umount", folder], check=True)
+        # Lazily: what is still mapped, by the traceback of a test that failed say, keeps a disk busy.
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def remount(disk: Path, options: str) -> None:

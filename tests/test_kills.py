@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def models(tmp_path_factory):
             counted = folder / "counted"
             if overwrite:
                 shutil.copytree(folder / f"{result}1", counted)
-            counts[overwrite] = len(changes_of(folder / f"{source}0", counted, overwrite=overwrite))
+            counts[overwrite] = len(changes_of(partial(convert, folder / f"{source}0", counted, overwrite=overwrite)))
             assert contents(counted) == expected
             shutil.rmtree(counted)
         found[direction] = (folder / f"{source}0", folder / f"{result}1", expected, counts)
@@ -72,7 +73,7 @@ def check(models, tmp_path, direction, overwrite, moments):
         place.mkdir()
         if overwrite:
             shutil.copytree(earlier, place / "result")
-        killed += killed_at(moment, source, place / "result", overwrite=overwrite)
+        killed += killed_at(moment, partial(convert, source, place / "result", overwrite=overwrite))
         assert contents(source) == before
         found = {path.name: contents(path) for path in place.iterdir() if path.is_dir()}
         if "result" in found:
