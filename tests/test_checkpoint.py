@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -323,12 +324,18 @@ def broken(*_):
 )
 def test_a_failed_save_leaves_no_part_of_itself_and_the_old_one(saved, config, monkeypatch, part, failure, expected):
     path, params = saved
-    save_tree, write_text = checkpoint._save_tree, Path.write_text
+    start_tree, write_text = checkpoint._start_tree, Path.write_text
 
     def failing_tree(folder, tree):
-        save_tree(folder, tree)  # written, and then it fails
-        if folder.name == part:
+        checkpointer = start_tree(folder, tree)
+
+        def wait_and_fail():
+            checkpointer.wait_until_finished()  # written, and then it fails
             failure()
+
+        if folder.name == part:
+            return SimpleNamespace(wait_until_finished=wait_and_fail, close=checkpointer.close)
+        return checkpointer
 
     def failing_text(file, *args, **kwargs):
         write_text(file, *args, **kwargs)
@@ -337,7 +344,7 @@ def test_a_failed_save_leaves_no_part_of_itself_and_the_old_one(saved, config, m
 
     new = path.with_name("new")
     with monkeypatch.context() as patches:
-        patches.setattr(checkpoint, "_save_tree", failing_tree)
+        patches.setattr(checkpoint, "_start_tree", failing_tree)
         patches.setattr(Path, "write_text", failing_text)
         for place, overwrite in ((new, False), (path, True)):
             with pytest.raises(expected) as caught:
@@ -421,10 +428,11 @@ def test_the_newest_is_that_of_the_highest_step_that_is_whole(tmp_path):
 
 @pytest.mark.parametrize("keep, left", [(0, "1 2 10 20"), (1, "20"), (2, "10 20"), (3, "2 10 20"), (9, "1 2 10 20")])
 def test_pruning_keeps_the_newest(tmp_path, keep, left):
-    run = make_run(tmp_path, "1", "2", "10", "20", "30.incomplete")
+    """And nothing of a save that was killed; a damaged one is kept for whoever wants to look."""
+    run = make_run(tmp_path, "1", "2", "10", "20", "30.incomplete", "15.damaged")
     prune(run, keep)
     names = {item.name for item in (run / "checkpoints").iterdir()}
-    assert names == {*left.split(), "30.incomplete"}
+    assert names == {*left.split(), "15.damaged"}
 
 
 @pytest.mark.slow
