@@ -3,7 +3,7 @@
 Command:   python -m experiments.nsmc --reviews nsmc_raw_reviews.tsv.gz --tokenizer tokenizer.json
 Time:      about 13 minutes on 2 cores, 10 of them training
 Expected:  held-out bits per token more than 1 below the unigram; what came out is in records/nsmc.json
-Leaves:    runs/nsmc/{data,run} (checkpoint, log, loss.png) and experiments/records/nsmc.json, nsmc.png
+Leaves:    runs/nsmc/{data,run} (checkpoint, log, curves.png) and experiments/records/nsmc.json, nsmc.png
 
 Reviews: https://github.com/e9t/nsmc (CC0). One document is one review. The last 0.5 % of the tokens, those of the
 newest reviews, are held out.
@@ -132,7 +132,7 @@ def main(experiment: Nsmc) -> None:
     }
     RECORDS.mkdir(exist_ok=True)
     (RECORDS / "nsmc.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.copy(out / "run" / "loss.png", RECORDS / "nsmc.png")
+    shutil.copy(out / "run" / "curves.png", RECORDS / "nsmc.png")
     for name, value in bits.items():
         print(f"{name:<8} {value:7.4f} bits per token {value * tokens_per_byte:7.4f} bits per byte")
     for prompt, text in zip(PROMPTS, texts, strict=True):

@@ -90,7 +90,7 @@ def summary(out: Path) -> None:
         f"tokenizer      {out / 'tokenizer'}\n"
         f"token files    {out / 'data'}\n"
         f"run, log       {out / 'run'}\n"
-        f"loss curve     {out / 'run' / 'loss.png'}\n"
+        f"curves         {out / 'run' / 'curves.png'}\n"
         f"Hugging Face   {out / 'huggingface'}\n"
         f"checkpoint     {out / 'checkpoint'}\n\n"
         f'next: python -m polyglot_jax generate --checkpoint {out / "run"} --prompt "바다는" --sample.temperature 0.7\n'

@@ -1,4 +1,4 @@
-"""A run's record: rows in log.jsonl and TensorBoard events while it runs, a picture of the losses at the end."""
+"""A run's record: rows in log.jsonl and TensorBoard events while it runs, a picture of it at the end."""
 
 from __future__ import annotations
 
@@ -61,21 +61,36 @@ class Log:
         self._events.close()
 
 
-def plot_losses(run: str | Path) -> Path:
-    """Draw the training and held-out losses of a run's log to RUN/loss.png."""
+# Panels of a run's picture: title, axis label, whether it is logarithmic, (column of the log, its name, style).
+_PANELS = (
+    ("loss", "nats per token", False, (("loss", "training", "-"), ("heldout_loss", "held out", "o-"))),
+    ("norms", "global norm", True, (("gradient_norm", "gradient, unclipped", "-"), ("parameter_norm", "weights", "-"))),
+    ("learning rate", "", False, (("learning_rate", "", "-"),)),
+    ("speed", "tokens/s", False, (("tokens_per_second", "", "-"),)),
+)
+
+
+def plot_run(run: str | Path) -> Path:
+    """Draw a run's log, losses, norms, learning rate and speed, to RUN/curves.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, file = read_log(run), Path(run) / "loss.png"
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    rows, file = read_log(run), Path(run) / "curves.png"
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held out", "o-")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(run).resolve().name)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure.suptitle(Path(run).resolve().name)
+    for axes, (title, label, is_logarithmic, curves) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        for key, name, style in curves:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=3)
+        axes.set(title=title, xlabel="step", ylabel=label)
+        if is_logarithmic:
+            axes.set_yscale("log")
+        else:
+            axes.margins(y=0.1)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend()
     figure.savefig(file, dpi=120)
     return file

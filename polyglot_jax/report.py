@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -30,7 +33,8 @@ def is_due(every: int, step: int, total: int) -> bool:
 
 
 class Reporter:
-    """What a run says of itself: log rows, the progress line, held-out losses; stops when too many steps are skipped.
+    """What a run says of itself: log rows, the progress line, held-out losses, a profiler's trace of train.profile's
+    steps; stops when too many steps are skipped.
 
     .skipped: steps of the run so far whose loss or gradient was not finite.
     """
@@ -61,44 +65,83 @@ class Reporter:
         self._progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step")
         self._window: list[dict[str, jax.Array]] = []
         self._newest: dict[str, float] = {}
-        self._checked, self._in_a_row = first, 0
+        self._taken, self._checked, self._in_a_row = first, first, 0
         self.skipped = int(start.metrics.get("skipped", 0)) if start else 0
-        self.restart_clock()
+        self._is_tracing = False
+        self._restart_clock()
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop_trace()
         self._progress.close()
         self._log.close()
 
-    def restart_clock(self) -> None:
-        """Leave out of the speed what was done since the last row: evaluation, a checkpoint."""
+    def _restart_clock(self) -> None:
         self._timed, self._clock = 0, time.perf_counter()
+        self._aside: Counter[str] = Counter()
+        self._data_wait = 0.0
+
+    @contextlib.contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """What is done in it is no training step: its seconds are a column of the next row, and not in the speed."""
+        start = time.perf_counter()
+        yield
+        self._aside[what] += time.perf_counter() - start
+
+    def watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; how long the loop waits for them is noted."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._data_wait += time.perf_counter() - start
+            if batch is None:
+                return
+            if self._config.train.profile[:1] == (self._taken + 1,):
+                with self.aside("profile"):
+                    jax.block_until_ready(self._window)  # steps before it, which may still be running
+                    jax.profiler.start_trace(self._out / "profile", create_perfetto_trace=True)
+                self._is_tracing = True
+            yield batch
+
+    def _stop_trace(self) -> None:
+        if self._is_tracing:
+            self._is_tracing = False
+            jax.profiler.stop_trace()
+            self._progress.write(f"wrote the profiler's trace to {self._out / 'profile'}")
 
     def step(self, step: int, metrics: dict[str, jax.Array], state: TrainState) -> None:
         """Take in the metrics of a step, and the state after it; every train.log_every steps, log and show them."""
         train = self._config.train
         self._window.append(metrics)
+        self._taken = step
         self._timed += 1
         self._progress.update()
+        if self._is_tracing and step >= train.profile[1]:
+            with self.aside("profile"):
+                jax.block_until_ready(metrics)
+                self._stop_trace()
         if not is_due(train.log_every, step, train.steps):
             return
         values = dict(self.settle(step, state))
-        speed = self._timed * train.batch_size * train.sequence_length / (time.perf_counter() - self._clock)
+        seconds = time.perf_counter() - self._clock - sum(self._aside.values())
+        speed = self._timed * train.batch_size * train.sequence_length / seconds
         values |= {
             "learning_rate": float(self._rate(step - 1 - self.skipped)),  # a skipped step moves no schedule
             "skipped": self.skipped,
             "tokens_per_second": speed,
             "mfu": speed * self._flops / self._peak,
             "mfu_with_attention": speed * (self._flops + self._attention_flops) / self._peak,
-        }
+            "step_seconds": seconds / self._timed,
+            "data_wait": self._data_wait / seconds,
+        } | {f"{what}_seconds": value for what, value in self._aside.items()}
         self._log.write(step, **values)
         self._progress.set_postfix_str(
             f"loss {values.get('loss', math.nan):.4f}, lr {values['learning_rate']:.2e}, "
             f"{speed:,.0f} tokens/s, MFU {values['mfu']:.1%}"
         )
-        self.restart_clock()
+        self._restart_clock()
 
     def settle(self, step: int, state: TrainState) -> dict[str, float]:
         """Wait for the steps since the last time and count those that were skipped; InputError at too many in a row,
@@ -136,6 +179,20 @@ class Reporter:
     def heldout(self, step: int, state: TrainState) -> None:
         """Log the loss on the held-out text: nats per token and, given the tokenizer, bits per byte of UTF-8."""
         self.settle(step, state)
+        with self.aside("heldout"):
+            loss, count, length = self._heldout(state)
+        if not count:
+            return
+        values = {"heldout_loss": loss / count}
+        line = f"step {step}: held-out loss {loss / count:.4f} nats per token"
+        if length:
+            values["heldout_bits_per_byte"] = loss / math.log(2) / length
+            line += f", {values['heldout_bits_per_byte']:.4f} bits per byte"
+        self._log.write(step, **values)
+        self._progress.write(f"{line}, over {count:,.0f} tokens")
+
+    def _heldout(self, state: TrainState) -> tuple[float, float, int]:
+        """Over the held-out text: the sum of losses in nats, tokens, and their bytes of UTF-8."""
         size = self._config.train.batch_size // self._config.train.accumulate
         loss, count, length = 0.0, 0.0, 0
         rows = self._batches.heldout(self._config.train.eval_sequences)
@@ -147,13 +204,4 @@ class Reporter:
             count += float(weights.sum())
             if self._bytes is not None:
                 length += int(self._bytes[tokens[:, 1:]][weights > 0].sum())
-        if not count:
-            return
-        values = {"heldout_loss": loss / count}
-        line = f"step {step}: held-out loss {loss / count:.4f} nats per token"
-        if length:
-            values["heldout_bits_per_byte"] = loss / math.log(2) / length
-            line += f", {values['heldout_bits_per_byte']:.4f} bits per byte"
-        self._log.write(step, **values)
-        self._progress.write(f"{line}, over {count:,.0f} tokens")
-        self.restart_clock()
+        return loss, count, length

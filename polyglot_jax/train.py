@@ -5,7 +5,8 @@ RUN/
   inputs.json                    fingerprints of the token files, and --init
   checkpoints/STEP/              see checkpoint.py; the newest resumes the run, bit for bit on the same mesh
   log.jsonl tensorboard/         rows while it runs
-  loss.png                       drawn at the end
+  profile/                       train.profile's trace, for Perfetto and XProf
+  curves.png                     drawn at the end
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.data import Batches, find_tokenizer
 from polyglot_jax.files import locked, read_config
-from polyglot_jax.log import plot_losses
+from polyglot_jax.log import plot_run
 from polyglot_jax.model import Params
 from polyglot_jax.optimizer import schedule
 from polyglot_jax.preemption import Preemption
@@ -49,6 +50,7 @@ _MAY_CHANGE = {
     "train.keep_every",
     "train.if_save_fails",
     "train.skip_limit",
+    "train.profile",
 }
 
 _INPUTS = "inputs.json"
@@ -79,8 +81,8 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
         first = start.step if start else 0
         if start and first >= total:
             print(f"{out}: is at step {first} already; raise --train.steps above {total} to go on")
-            if not (out / "loss.png").is_file():  # the run was killed after its last checkpoint
-                print(f"wrote {plot_losses(out)}")
+            if not (out / "curves.png").is_file():  # the run was killed after its last checkpoint
+                print(f"wrote {plot_run(out)}")
             return start.path
         print(_describe(config, mesh, batches, start))
         stack.enter_context(jax.set_mesh(mesh))
@@ -92,7 +94,7 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
         saver = stack.enter_context(Saver(out, config, tokenizer.to_json() if tokenizer else None))
         if first == 0:
             report.heldout(0, state)
-        for step, batch in enumerate(program.batches(batches, first), first + 1):
+        for step, batch in enumerate(report.watched(program.batches(batches, first)), first + 1):
             state, metrics = step_function(state, batch)
             report.step(step, metrics, state)
             saver.poll()
@@ -101,13 +103,13 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
             is_last = step == total or preemption.asked is not None
             if is_last or is_due(config.train.checkpoint_every, step, total):
                 values = report.settle(step, state)
-                saver.save(step, state, values | {"skipped": report.skipped}, is_last=is_last)
-                report.restart_clock()
+                with report.aside("save"):
+                    saver.save(step, state, values | {"skipped": report.skipped}, is_last=is_last)
             if is_last:
                 break
     if step < total:
         print(f"{out}: stopped by {preemption.asked} after step {step}, which is saved; the same command goes on")
-    print(f"wrote {plot_losses(out)}")
+    print(f"wrote {plot_run(out)}")
     return out / "checkpoints" / str(step)
 
 

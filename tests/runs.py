@@ -27,7 +27,8 @@ TRAIN = {
     "checkpoint_every": 0,
     "keep": 0,
 }
-TIMINGS = {"tokens_per_second", "mfu", "mfu_with_attention"}
+TIMINGS = {"tokens_per_second", "mfu", "mfu_with_attention", "step_seconds", "data_wait", "heldout_seconds",
+           "save_seconds", "profile_seconds"}  # fmt: skip
 
 SENTENCES = [
     f"{who} {where} {what}{end}"

@@ -1,5 +1,6 @@
 """The sample, the baselines and the demo."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 from conftest import ROOT
 
 from experiments.baselines import trigram_bits, unigram_bits
+from experiments.pretraining import plan
+from polyglot_jax.config import PRESETS
 
 SAMPLE = sorted((ROOT / "experiments" / "sample").glob("*.txt"))
 
@@ -64,5 +67,17 @@ def test_the_demo_learns_converts_and_generates(tmp_path):
     unigram = float(done.stdout.split("unigram frequencies")[1].split()[0])
     assert heldout[-1] < unigram - 0.3
     assert "hold the same weights, bit for bit" in done.stdout
-    assert (out / "run" / "loss.png").stat().st_size > 5_000
+    assert (out / "run" / "curves.png").stat().st_size > 5_000
     assert (out / "huggingface" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("size", ["1_3b", "3_8b", "5_8b", "12_8b"])
+def test_a_recipe_is_the_published_run(size):
+    """Its tokens are the card's, but for what rounding the batch to a power of two makes of them."""
+    recipe = importlib.import_module(f"experiments.pretrain_{size}").RECIPE
+    train = PRESETS[recipe.preset].train
+    assert recipe.name == f"pretrain_{size}"
+    assert train.steps * train.batch_size * train.sequence_length == pytest.approx(recipe.tokens, rel=0.06)
+    text = plan(recipe, {})
+    for flags in recipe.meshes.values():
+        assert f"train --preset {recipe.preset} {flags} --data" in text

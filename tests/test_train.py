@@ -1,6 +1,7 @@
 """Training is a pure function of (config, files, seed, step): the same on any mesh, however often it is stopped."""
 
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from polyglot_jax import report, steps
 from polyglot_jax.checkpoint import Checkpoint, newest
-from polyglot_jax.config import InputError
+from polyglot_jax.config import InputError, TrainConfig
 from polyglot_jax.data import Batches
 from polyglot_jax.log import read_log
 from polyglot_jax.model import Transformer, abstract_params
@@ -165,7 +166,7 @@ def test_a_run_stopped_and_resumed_is_the_same_bit_for_bit(
     assert (kept and int(kept.name)) == {2: None, 3: None, 5: 4, 7: 4, 9: 8}[stop]
     assert train(config, run) == run / "checkpoints" / "10"
     equal_runs(run, uninterrupted)
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_after_the_restored_step_are_dropped_and_a_torn_one_too(
@@ -201,6 +202,48 @@ def test_tensorboard_holds_what_the_log_holds(uninterrupted):
     assert [event[:2] for event in found] == [row[:2] for row in expected]
     np.testing.assert_allclose([event[2] for event in found], [row[2] for row in expected], rtol=1e-6)
     assert {"loss", "heldout_loss", "learning_rate", "gradient_norm", "mfu"} <= {tag for _, tag, _ in found}
+
+
+def test_rows_say_where_the_time_went(uninterrupted):
+    """A row of training has the time of a step and the share waited for data; what else was done, beside them."""
+    rows = {row["step"]: row for row in read_log(uninterrupted) if "loss" in row}
+    for row in rows.values():
+        speed = 8 * 16 / row["step_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(speed) and 0 <= row["data_wait"] < 1
+    # The first held-out loss; then one and a checkpoint after steps 4 and 8.
+    found = {step: {key for key in ("heldout_seconds", "save_seconds") if row.get(key, 0) > 0}
+             for step, row in rows.items()}  # fmt: skip
+    both = {"heldout_seconds", "save_seconds"}
+    assert found == {3: {"heldout_seconds"}, 6: both, 9: both, 10: set()}
+
+
+def test_waiting_for_data_is_seen(corpus, tmp_path, monkeypatch):
+    rows = Batches.rows
+
+    def slow(*args):
+        time.sleep(0.2)
+        return rows(*args)
+
+    monkeypatch.setattr(Batches, "rows", slow)
+    train(make_config(corpus, train__steps=20, train__log_every=10), tmp_path / "run")
+    waits = [row["data_wait"] for row in read_log(tmp_path / "run") if "loss" in row]
+    assert waits[-1] > 0.5
+
+
+def test_the_profiler_traces_the_steps_asked_for(corpus, tmp_path, capfd):
+    run = tmp_path / "run"
+    train(make_config(corpus, train__steps=6, train__log_every=5, train__profile=(3, 4)), run)
+    [trace] = run.glob("profile/**/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert any("train_step" in name for name in names), sorted(set(names))
+    assert f"trace to {run / 'profile'}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("profile", [(3,), (0, 2), (4, 3)])
+def test_steps_that_cannot_be_traced(profile):
+    with pytest.raises(InputError, match=r"^train\.profile=.*: must be none, or the first and the last step$"):
+        TrainConfig(profile=profile)
 
 
 @pytest.mark.slow
@@ -332,9 +375,9 @@ def test_a_checkpoint_is_no_run_to_go_on_with(on_one_device, corpus):
 def test_a_finished_run_without_its_picture_gets_it(corpus, tmp_path):
     config = make_config(corpus, train__steps=2)
     train(config, tmp_path / "run")
-    (tmp_path / "run" / "loss.png").unlink()
+    (tmp_path / "run" / "curves.png").unlink()
     train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "loss.png").is_file()
+    assert (tmp_path / "run" / "curves.png").is_file()
 
 
 def test_a_jump_of_the_learning_rate_on_resuming_is_said(corpus, tmp_path, capsys):
