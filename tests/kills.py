@@ -59,19 +59,27 @@ def _work(work: Callable[[], None], moment: Moment, connection: Connection) -> N
 def changes_of(work: Callable[[], None]) -> list[str]:
     """Do the work; returns the changes to the file system that it took, in their order."""
     process, connection = start(work)
-    assert connection.poll(60)
-    changes = connection.recv()
-    process.join(60)
+    changes = _changes(process, connection)
     assert process.exitcode == 0
     return changes
 
 
 def killed_at(moment: Moment, work: Callable[[], None]) -> bool:
     """Do the work, and kill the process just before a change to the file system; whether it came so far."""
-    process, _ = start(work, moment)
-    process.join(60)
+    process, connection = start(work, moment)
+    _changes(process, connection)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
+
+
+def _changes(process: multiprocessing.Process, connection: Connection) -> list[str]:
+    """What a process sends before it ends: nothing, if it is killed. It waits for a reader of more than 64 KiB."""
+    changes: list[str] = []
+    assert connection.poll(300)
+    with contextlib.suppress(EOFError):
+        changes = connection.recv()
+    process.join(60)
+    return changes
 
 
 def start(work: Callable[[], None], moment: Moment = None) -> tuple[multiprocessing.Process, Connection]:

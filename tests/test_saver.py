@@ -246,7 +246,7 @@ def test_sigterm_saves_and_ends_well(tmp_path, compiled):
     while process.is_alive() and not any("loss" in row for row in read_log(run)):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0
     stopped = Checkpoint(newest(run)).step
     assert 0 < stopped < 190
