@@ -23,7 +23,7 @@ from flax import struct
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
-from polyglot_jax import attention
+from polyglot_jax import attention, quantise
 from polyglot_jax.config import ModelConfig
 from polyglot_jax.sharding import constrain
 
@@ -123,6 +123,11 @@ class _Part(nn.Module):
         shape = tuple(self.config.sizes[axis] for axis in axes)
         return self.param(name, lambda *args: _Named(init(*args), axes), shape, self.param_dtype)
 
+    def scaled(self, y: jax.Array) -> jax.Array:
+        """y, [..., outputs], times the outputs' scales where the kernel is int8 (see quantise.py)."""
+        name = "kernel" + quantise.SCALE
+        return y * self.get_variable("params", name).astype(y.dtype) if self.has_variable("params", name) else y
+
     def part(self, cls: type[_Part], **more: Any) -> Any:
         return cls(self.config, self.dtype, self.param_dtype, **more)
 
@@ -164,7 +169,7 @@ class Linear(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight("kernel", self.inputs + self.outputs, nn.initializers.normal(self.std))
-        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
+        y = self.scaled(jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs)))
         if self.use_bias:
             y += self.weight("bias", self.outputs, nn.initializers.zeros).astype(self.dtype)
         return y
@@ -187,14 +192,16 @@ class Attention(_Part):
             # Weights are made by reading one token, which not every kernel takes.
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = {
-                "k": cache["k"].at[rows, positions].set(k.astype(cache["k"].dtype), mode="drop"),
-                "v": cache["v"].at[rows, positions].set(v.astype(cache["v"].dtype), mode="drop"),
-            }
+            cache = {"k": _stored(cache["k"], k, positions), "v": _stored(cache["v"], v, positions)}
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
         std = config.init_std / math.sqrt(2 * config.layers)
         return linear(inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
+
+
+@jax.vmap
+def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, H, S, K] with `new`, [B, T, H, K], in the slots `positions`, int[B, T]; a slot that is not there is none."""
+    return slots.at[:, positions].set(new.swapaxes(0, 1).astype(slots.dtype), mode="drop")
 
 
 class MLP(_Part):
@@ -232,7 +239,10 @@ class Embedding(_Part):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # Rows are gathered whole: from a table split along its width, XLA would copy the result to every device first.
-        return constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
+        rows = constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
+        if self.has_variable("params", "kernel" + quantise.SCALE):
+            rows *= self.get_variable("params", "kernel" + quantise.SCALE)[ids][..., None].astype(self.dtype)
+        return rows
 
 
 class Head(_Part):
@@ -244,6 +254,7 @@ class Head(_Part):
         if not config.tied:
             kernel = self.weight("kernel", ("vocab", "embed"), nn.initializers.normal(config.init_std))
         logits = jnp.einsum("...d,vd->...v", x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = (embedding if config.tied else self).scaled(logits)
         if config.head_bias:
             logits += self.weight("bias", ("vocab",), nn.initializers.zeros).astype(jnp.float32)
         return logits
@@ -365,6 +376,10 @@ def split_layers(params: Params) -> Params:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """Zeros [B, S, H, K] for keys and values of each layer."""
-    shape = (batch, slots, config.heads, config.head_dim)
-    return tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.layers))
+    """Zeros [B, H, S, K] for keys and values of each layer, on the mesh split by rows and heads."""
+
+    def zeros() -> jax.Array:
+        zeros = jnp.zeros((batch, config.heads, slots, config.head_dim), dtype)
+        return constrain(zeros, "batch", "heads", "length", "head_dim")
+
+    return tuple({"k": zeros(), "v": zeros()} for _ in range(config.layers))
