@@ -24,7 +24,7 @@ from polyglot_jax.generate import Generator, Made
 from polyglot_jax.hardware import readable
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.scoring import Pair, Scored, Scorer
-from polyglot_jax.sharding import check_model
+from polyglot_jax.sharding import parts
 from polyglot_jax.stopping import Stop
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, preflight, read_tokenizer
@@ -56,17 +56,16 @@ def load(
 ) -> LanguageModel:
     """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
 
-    mesh: axes data, fsdp, tensor (`sharding.make_mesh`); None: the first device. dtype: of weights and products; None:
-    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. quantize: "int8" keeps the weights of products
-    in a byte each, with a scale for each output; products stay in `dtype`. Says first how much memory that takes.
-    InputError if `path` holds no model, or one that does not divide over the mesh or has no room there.
+    mesh: of `sharding.make_mesh`; None: the first device. What does not divide over it is split over fewer of its axes,
+    or whole on each device. dtype: of weights and products; None: float32 on a CPU (whose bfloat16 products are slow),
+    else bfloat16. quantize: "int8" keeps the weights of products in a byte each, with a scale for each output; products
+    stay in `dtype`. Says first how much memory that takes. InputError if `path` holds no model, or one that has no room
+    there.
     """
     if quantize not in (None, "int8"):
         raise InputError(f"quantize={quantize!r}: there is int8, or None")
     source = open_source(path)
     config, tokenizer = read_tokenizer(source)
-    if mesh is not None:
-        check_model(config.model, mesh)
     is_cpu = jax.default_backend() == "cpu"
     if dtype is None:
         dtype = jnp.float32 if is_cpu else jnp.bfloat16
@@ -74,7 +73,7 @@ def load(
     if is_cpu and dtype == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
     print(preflight(source, mesh, dtype, quantize), file=sys.stderr)
-    params = load_params(source, mesh, dtype, split=True, quantize=quantize)
+    params = load_params(source, mesh, dtype, split=True, layout="decoding", quantize=quantize)
     return LanguageModel(config, params, tokenizer, mesh)
 
 
@@ -83,7 +82,7 @@ class LanguageModel:
 
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer | None, mesh: Mesh | None = None):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.model = Transformer(config.model, dtype=params["final_norm"]["scale"].dtype)
+        self.model = Transformer(config.model, dtype=params["final_norm"]["scale"].dtype, layout="decoding")
         self._generator = Generator(self.model, config, self._replicas)
         self._beam_search = BeamSearch(self._generator)
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
@@ -292,7 +291,7 @@ class LanguageModel:
     @property
     def _replicas(self) -> int:
         """Devices that share out the rows of a batch."""
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return 1 if self.mesh is None else parts("batch", self.mesh, "decoding")
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         if self.tokenizer is None:

@@ -25,7 +25,7 @@ from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.parallel import in_order
 from polyglot_jax.quantise import SCALE, inputs_of, is_quantised, quantised
-from polyglot_jax.sharding import shardings
+from polyglot_jax.sharding import Layout, shardings
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import Tokenizer
 
@@ -73,21 +73,19 @@ def preflight(source: Source, mesh: Mesh | None, dtype: Any, quantize: str | Non
     model, dtype = source.config.model, np.dtype(dtype)
     axes, devices = flatten(Transformer(model).axes()), jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
 
+    def size(names: tuple[str, ...]) -> int:
+        where = _where(mesh, names, model.sizes, "decoding")
+        return math.prod(where.shard_shape(tuple(model.sizes[name] for name in names)))
+
     def bytes_of(name: str) -> int:
-        shape, names = source.params[name].shape, axes[name]
-        here = shape if mesh is None else shardings(mesh, names).shard_shape(shape)
+        names = axes[name]
         if not (quantize and is_quantised(name)):
-            return dtype.itemsize * math.prod(here)
+            return dtype.itemsize * size(names)
         summed = [axis + store.is_stacked(name) for axis in inputs_of(name)]  # a float32 for each of the others
-        outputs = [i for i in range(len(shape)) if i not in summed]
-        scales = [shape[i] for i in outputs]
-        if mesh is not None:
-            scales = shardings(mesh, tuple(names[i] for i in outputs)).shard_shape(tuple(scales))
-        return math.prod(here) + 4 * math.prod(scales)
+        return size(names) + 4 * size(tuple(axis for i, axis in enumerate(names) if i not in summed))
 
     weights = sum(map(bytes_of, source.params))
-    heads = model.heads // (1 if mesh is None else mesh.shape["tensor"])
-    cache = 2 * model.layers * heads * model.head_dim * model.context * dtype.itemsize
+    cache = 2 * model.layers * size(("heads", "head_dim")) * model.context * dtype.itemsize
     needed = (
         f"{source.path.name}: {readable(weights)} of {quantize or dtype} weights and {readable(cache)} for the cache "
         f"of a row of {model.context:,} tokens on each device"
@@ -106,13 +104,19 @@ def preflight(source: Source, mesh: Mesh | None, dtype: Any, quantize: str | Non
 
 
 def load_params(
-    source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool, quantize: str | None = None
+    source: Source,
+    mesh: Mesh | None,
+    dtype: Any = None,
+    *,
+    split: bool,
+    layout: Layout = "training",
+    quantize: str | None = None,
 ) -> Params:
     """The source's parameters as jax.Arrays, laid out on `mesh` (None: the first device), a layer at a time.
 
     dtype: of the result (None: the source's own). split: a subtree for each layer, as decoding wants; else stacked.
-    quantize: "int8" for the weights of products, each layer's as it is read (split only). Of files, only what the
-    devices of this process need is read; to be quantised, whole pieces.
+    layout: which column of `sharding.RULES`. quantize: "int8" for the weights of products, each layer's as it is read
+    (split only). Of files, only what the devices of this process need is read; to be quantised, whole pieces.
     """
     axes = flatten(Transformer(source.config.model).axes())
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.params.values())
@@ -120,7 +124,7 @@ def load_params(
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}") as progress:
 
         def where(names: tuple[str, ...]) -> jax.sharding.Sharding:
-            return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shardings(mesh, names)
+            return _where(mesh, names, source.config.model.sizes, layout)
 
         def place(name: str, layer: int | None) -> dict[str, jax.Array]:
             names = axes[name] if layer is None else axes[name][1:]
@@ -156,6 +160,12 @@ def fingerprint(source: Source) -> str:
     for line in in_order(checksum, sorted(pieces, key=str)):
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+def _where(mesh: Mesh | None, names: tuple[str, ...], sizes: dict[str, int], layout: Layout) -> jax.sharding.Sharding:
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return shardings(mesh, names, sizes, layout)
 
 
 def _laid_out(values: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
