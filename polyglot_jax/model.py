@@ -199,7 +199,10 @@ class Attention(_Part):
             # Weights are made by reading one token, which not every kernel takes.
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
-            cache = {"k": _stored(cache["k"], k, positions), "v": _stored(cache["v"], v, positions)}
+            slots = ("batch", "attention_heads", None, "head_dim")
+            cache = {
+                name: self.constrain(_stored(cache[name], new, positions), *slots) for name, new in (("k", k), ("v", v))
+            }
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
         y = self.constrain(self.constrain(y, *whole), *part)
         std = config.init_std / math.sqrt(2 * config.layers)
