@@ -352,13 +352,13 @@ def test_eight_devices_generate_what_one_does(tmp_path):
     sharding = eight.params["layer_0"]["mlp"]["up"]["kernel"].sharding
     assert len(sharding.device_set) == 8
     assert sharding.shard_shape((64, 96)) == (64, 24)  # fsdp splits as tensor does: decoding gathers no weights
-    prompts = [KOREAN[0][:9], KOREAN[1], "마을", KOREAN[2][:5], KOREAN[4]]  # not a multiple of the 4 replicas
+    prompts = [KOREAN[0][:9], KOREAN[1], "마을", KOREAN[2][:5], KOREAN[4]]  # not a multiple of the 2 replicas
     assert eight.generate(prompts, max_new_tokens=16) == one.generate(prompts, max_new_tokens=16)
     # Rows of the cache lie on four devices, heads on two.
     batch = Batch.of([[5]] * 5, 16, 128, 4)
     with eight._on_mesh():
         state = eight._generator._start(batch.slots, 1, Form(False, 0), eight.params, *batch[:3], jax.random.key(0), 0)
-        assert state.cache[0]["k"].sharding.shard_shape(state.cache[0]["k"].shape) == (2, 2, 64, 16)
+        assert state.cache[0]["k"].sharding.shard_shape(state.cache[0]["k"].shape) == (4, 1, 64, 16)
     contexts, continuations = KOREAN[:3], KOREAN[2:]
     np.testing.assert_allclose(
         eight.score(contexts, continuations).log_probabilities,
