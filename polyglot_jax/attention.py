@@ -75,13 +75,15 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str = "xla") -> jax
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """Attention of new tokens to a cache. q: [B, T, H, K]; k, v: [B, S, H, K]; positions: int[B, T], slots of q.
+    """Attention of new tokens to a cache. q: [B, T, H, K]; k, v: [B, H, S, K]; positions: int[B, T], slots of q.
 
     A query at position p sees slots 0..p. So what lies in later slots (padding of a shorter prompt, an older
     generation) never matters, and needs no mask of its own.
     """
-    mask = jnp.arange(k.shape[1])[None, None, None, :] <= positions[:, None, :, None]
-    return _attend(q, k, v, "xla", mask=mask)
+    scores = jnp.einsum("bthk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    is_seen = jnp.arange(k.shape[2]) <= positions[:, None, :, None]
+    weights = jax.nn.softmax(jnp.where(is_seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bhsk->bthk", weights, v)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, **how: Any) -> jax.Array:

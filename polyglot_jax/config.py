@@ -296,12 +296,29 @@ class SampleConfig:
 
     max_new_tokens: int = 64
     """Most tokens made after the prompt."""
+    min_new_tokens: int = 0
+    """Tokens made before anything may end a text."""
     temperature: float = 0.0
     """0: always the likeliest token; otherwise logits are divided by it and a token is drawn."""
     top_k: int = 0
     """Draw only from this many of the likeliest tokens; 0: from all."""
     top_p: float = 1.0
     """Draw only from the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Draw only tokens at least this many times as probable as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1: logits of tokens in the prompt or made before are divided by it if positive, multiplied if negative."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that it was made."""
+    no_repeat_ngram: int = 0
+    """No sequence of so many tokens, the prompt's included, comes twice; 0: any may."""
+    beams: int = 1
+    """Continuations followed at once, to find the likeliest as a whole; above 1 only with temperature 0."""
+    length_penalty: float = 1.0
+    """Beam search ranks by summed log-probability / length^this; above 0 favours long texts."""
+    early_stopping: Literal["no", "yes", "never"] = "no"
+    """Beam search ends when the running beams look worse than what is finished (no), when as many as there are beams
+    are finished (yes), or when no running beam could still become better (never)."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -311,6 +328,21 @@ class SampleConfig:
         _require(self.temperature >= 0, "sample.temperature", self.temperature, "must not be negative")
         _require(0 <= self.top_k < 2**31, "sample.top_k", self.top_k, "must not be negative, and below 2^31")
         _require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "sample.min_p", self.min_p, "must be in [0, 1]")
+        _require(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "sample.min_new_tokens",
+            self.min_new_tokens,
+            f"must be from 0 to sample.max_new_tokens={self.max_new_tokens}",
+        )
+        _require_positive("sample", self, "repetition_penalty", "beams")
+        _require(self.no_repeat_ngram >= 0, "sample.no_repeat_ngram", self.no_repeat_ngram, "must not be negative")
+        _require(
+            self.beams == 1 or self.temperature == 0,
+            "sample.beams",
+            self.beams,
+            f"beam search draws nothing; set sample.temperature={self.temperature} to 0",
+        )
         _require(0 <= self.seed < 2**31, "sample.seed", self.seed, "must be in [0, 2^31)")
 
 

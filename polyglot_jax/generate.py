@@ -1,13 +1,14 @@
 """The decode loop: prompts are read once, then tokens are made one after the other without leaving the device.
 
 Shapes are rounded up to buckets, so that another prompt seldom means another compilation. The key of each token is made
-from (seed, the prompt's number in the call, the token's position), so a prompt's tokens do not depend on its company.
+from (seed, the prompt's number, the sample's number, the token's position), so a prompt's tokens do not depend on its
+company, nor on how a call is split.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,94 +16,103 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polyglot_jax import steps
+from polyglot_jax import sampling, steps
 from polyglot_jax.config import Config, InputError, SampleConfig
 from polyglot_jax.model import Cache, Params, Transformer, init_cache
+from polyglot_jax.sampling import Counts, Form, Sampling
+
+CHUNK = 8
+"""Most tokens made on the device between two looks at the text."""
 
 
-class Sampling(NamedTuple):
-    """What choosing a token needs, as arrays, so that other values compile nothing."""
+class Made(NamedTuple):
+    """What was made after a prompt: its ids; the model's log-probability of each; whether the last one is an end."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-
-    @classmethod
-    def of(cls, config: SampleConfig) -> Sampling:
-        return cls(jnp.float32(config.temperature), jnp.int32(config.top_k), jnp.float32(config.top_p))
-
-
-def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Temperature, then top-k, then top-p, as in transformers: float32[B, V] -> the same with -inf where not drawn."""
-    logits = logits / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    size = logits.shape[-1]
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)
-    kth = jnp.take_along_axis(ordered, jnp.full((logits.shape[0], 1), k - 1), axis=-1)
-    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A token is kept while those likelier than it have not reached top_p; the likeliest always is. (At 1 all are kept:
-    # rounding lets the sum reach 1 before the last of them.)
-    is_kept = (before < sampling.top_p) | (sampling.top_p >= 1)
-    kept = jnp.where(is_kept & jnp.isfinite(ordered), ordered, jnp.inf)
-    return jnp.where(logits >= kept.min(axis=-1, keepdims=True), logits, -jnp.inf)
-
-
-def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """int32[B] from float32[B, V] and a key for each row: the likeliest at temperature 0, else drawn."""
-
-    def draw() -> jax.Array:
-        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling)).astype(jnp.int32)
-
-    return jax.lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    ids: list[int]
+    log_probabilities: list[float]
+    is_ended: bool
 
 
 class Decoding(NamedTuple):
-    """State of the loop. tokens: int32[B, N], made[B] of which are made; logits: those of the next token."""
+    """State of the loop. Rows are prompts' samples, those of one prompt beside each other.
+
+    tokens: int32[B, S], at each position of a row its token: a prompt of `lengths`, then `made`; log_probabilities:
+    float32[B, S], of the tokens made; done: bool[B]; keys: key[B], of (seed, prompt, sample); logits: those of the
+    next token; counts: None unless a penalty is on.
+    """
 
     tokens: jax.Array
+    log_probabilities: jax.Array
+    lengths: jax.Array
     made: jax.Array
     done: jax.Array
+    keys: jax.Array
     logits: jax.Array
-    lengths: jax.Array
+    counts: Counts | None
     cache: Cache
 
 
-def _start(
-    model: Transformer, slots: int, room: int, params: Params, tokens: jax.Array, lengths: jax.Array, done: jax.Array
-) -> Decoding:
-    rows = tokens.shape[0]
-    cache = init_cache(model.config, rows, slots, model.dtype)
+def start(
+    model: Transformer, slots: int, samples: int, form: Form, params: Params, tokens: jax.Array, lengths: jax.Array,
+    done: jax.Array, key: jax.Array, first: jax.Array,
+) -> Decoding:  # fmt: skip
+    """Read each prompt once. tokens: int[P, T]; lengths, done: [P]; key: of the seed; first: number of prompt 0."""
+    cache = init_cache(model.config, tokens.shape[0], slots, model.dtype)
     logits, cache = steps.prefill(model, params, tokens, lengths, cache)
-    return Decoding(jnp.zeros((rows, room), jnp.int32), jnp.zeros(rows, jnp.int32), done, logits, lengths, cache)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = jax.vmap(fold, in_axes=(0, None))(fold(key, first + jnp.arange(tokens.shape[0])), jnp.arange(samples))
+    counts = Counts.of(tokens, lengths, model.config.vocab) if form.counts else None
+    tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
+    made = jnp.zeros_like(lengths)
+    of_prompt = (tokens, jnp.zeros(tokens.shape, jnp.float32), lengths, made, done, logits, counts, cache)
+    if samples > 1:
+        of_prompt = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), of_prompt)
+    *before, logits, counts, cache = of_prompt
+    return Decoding(*before, keys.reshape(-1), logits, counts, cache)
+
+
+def adjusted(
+    state: Decoding, logits: jax.Array, valid_ids: int, form: Form, ends: jax.Array, settings: Sampling
+) -> jax.Array:
+    """Logits (or log-probabilities) float32[B, V] with penalties, and -inf for what must not come now."""
+    if state.counts is not None:
+        logits = sampling.penalise(logits, state.counts, settings)
+    if form.ngram:
+        logits = sampling.forbid_ngrams(logits, state.tokens, state.lengths + state.made, form.ngram)
+    ids = jnp.arange(logits.shape[-1])
+    is_early = (state.made < settings.min_new_tokens)[:, None] & jnp.isin(ids, ends)
+    return jnp.where(is_early | (ids >= valid_ids), -jnp.inf, logits)
 
 
 def _continue(
-    model: Transformer, valid_ids: int, params: Params, state: Decoding, limit: jax.Array, ends: jax.Array,
-    key: jax.Array, sampling: Sampling,
+    model: Transformer, valid_ids: int, form: Form, params: Params, state: Decoding, is_over: jax.Array,
+    limit: jax.Array, ends: jax.Array, settings: Sampling,
 ) -> Decoding:  # fmt: skip
-    """Until every row is done or has `limit` tokens. ends: int[E], ids that end a row."""
-    rows = jnp.arange(state.tokens.shape[0])
-    is_padding = jnp.arange(model.config.vocab) >= valid_ids
+    """Until every row is done, is_over (bool[B]) or has `limit` tokens. ends: int[E], ids that end a row."""
+    state = state._replace(done=state.done | is_over)
+    rows, slots = jnp.arange(state.tokens.shape[0]), state.tokens.shape[1]
 
     def is_going(state: Decoding) -> jax.Array:
         return ~jnp.all(state.done | (state.made >= limit))
 
     def one(state: Decoding) -> Decoding:
         positions = state.lengths + state.made
-        keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(rows, positions)
-        chosen = choose(jnp.where(is_padding, -jnp.inf, state.logits), keys, sampling)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, positions)
+        chosen = sampling.choose(adjusted(state, state.logits, valid_ids, form, ends, settings), keys, settings)
         goes = ~state.done & (state.made < limit)
-        at = jnp.where(goes, state.made, state.tokens.shape[1])
-        tokens = state.tokens.at[rows, at].set(chosen, mode="drop")
-        made = state.made + goes
-        # A row that rests writes behind the slots of the cache, so that it may go on later.
-        logits, cache = steps.decode_step(
-            model, params, chosen, jnp.where(goes, positions, state.cache[0]["k"].shape[1]), state.cache
+        # A row that rests writes behind the slots, so that it may go on later.
+        at = jnp.where(goes, positions, slots)
+        log_probabilities = state.logits[rows, chosen] - jax.nn.logsumexp(state.logits, axis=-1)
+        logits, cache = steps.decode_step(model, params, chosen, at, state.cache)
+        return state._replace(
+            tokens=state.tokens.at[rows, at].set(chosen, mode="drop"),
+            log_probabilities=state.log_probabilities.at[rows, at].set(log_probabilities, mode="drop"),
+            made=state.made + goes,
+            done=state.done | (goes & jnp.isin(chosen, ends)),
+            logits=jnp.where(goes[:, None], logits, state.logits),
+            counts=None if state.counts is None else state.counts.add(chosen, goes),
+            cache=cache,
         )
-        logits = jnp.where(goes[:, None], logits, state.logits)
-        return Decoding(tokens, made, state.done | (goes & jnp.isin(chosen, ends)), logits, state.lengths, cache)
 
     return jax.lax.while_loop(is_going, one, state)
 
@@ -115,21 +125,58 @@ def bucket(size: int, least: int, most: int) -> int:
     return min(rounded, most)
 
 
+def width(size: int, least: int, most: int) -> int:
+    """`size` rounded up to `least` times 1, 1.5, 2, 3, 4, 6, 8, ... (whole numbers); at most `most`."""
+    power = bucket(size, least, 1 << 30)
+    between = power * 3 // 4
+    return min(most, between if size <= between and between > least else power)
+
+
+class Batch(NamedTuple):
+    """Prompts as arrays. tokens: int32[P, T]; lengths: int32[P]; is_filler: bool[P]; slots: positions each needs."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    is_filler: np.ndarray
+    slots: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int, replicas: int) -> Batch:
+        """Sizes are rounded up; rows to a multiple of `replicas`. InputError for an empty or too long prompt."""
+        longest = max(map(len, prompts))
+        if not all(prompts):
+            raise InputError("prompt: holds no tokens; begin with <|endoftext|>")
+        if longest + max_new_tokens > context:
+            less = f"lower it to {context - longest} or shorten" if longest < context else "shorten"
+            raise InputError(
+                f"sample.max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is more than "
+                f"model.context={context}; {less} the prompt"
+            )
+        rows = bucket(-(-len(prompts) // replicas), 1, 1 << 30) * replicas
+        tokens = np.zeros((rows, bucket(longest, 16, context)), np.int32)
+        lengths = np.ones(rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        slots = max(width(longest + max_new_tokens, 64, context), tokens.shape[1])
+        return cls(tokens, lengths, np.arange(rows) >= len(prompts), slots)
+
+
 @dataclass(frozen=True)
 class Generator:
-    """Jitted generation for one model."""
+    """Jitted generation for one model. replicas: devices that share out the rows."""
 
     model: Transformer
     config: Config
+    replicas: int = 1
 
     @functools.cached_property
     def _start(self) -> Any:
-        return jax.jit(functools.partial(_start, self.model), static_argnums=(0, 1))
+        return jax.jit(functools.partial(start, self.model), static_argnums=(0, 1, 2))
 
     @functools.cached_property
     def _continue(self) -> Any:
         valid = self.config.data.valid_ids or self.config.model.vocab
-        return jax.jit(functools.partial(_continue, self.model, valid), donate_argnames="state")
+        return jax.jit(functools.partial(_continue, self.model, valid), static_argnums=0, donate_argnames="state")
 
     def run(
         self,
@@ -137,40 +184,35 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         sample: SampleConfig,
         ends: Sequence[int],
-        chunk: int = 0,
-    ) -> Iterator[list[list[int]]]:
-        """Yield the tokens each prompt has so far: once at the end, or after the first and then every `chunk` tokens.
+        samples: int = 1,
+        first: int = 0,
+        is_over: Callable[[list[int]], bool] | None = None,
+    ) -> Iterator[list[Made]]:
+        """Yield what each sample of each prompt has so far: once, or, with `is_over`, after 1, 2, 4, 8, 8, ... tokens.
 
-        The caller stops by no longer asking. A row ends with one of `ends` (included; at most 8)
-        or at sample.max_new_tokens. InputError if a prompt is empty or leaves too little room in the context.
+        ends: ids that end a row (included in it); a row also ends at sample.max_new_tokens, and where `is_over` says so
+        of its ids. first: number of the first prompt, for a call that is split. The caller stops by no longer asking.
+        InputError if a prompt is empty or leaves too little room in the context.
         """
-        context, count = self.config.model.context, len(prompts)
-        longest = max(map(len, prompts))
-        if not all(prompts):
-            raise InputError("prompt: holds no tokens; begin with <|endoftext|>")
-        if longest + sample.max_new_tokens > context:
-            less = f"lower it to {context - longest} or shorten" if longest < context else "shorten"
-            raise InputError(
-                f"sample.max_new_tokens={sample.max_new_tokens}: with a prompt of {longest} tokens that is more than "
-                f"model.context={context}; {less} the prompt"
-            )
-        rows = bucket(count, 1, 1 << 30)
-        width = bucket(longest, 16, context)
-        room = bucket(sample.max_new_tokens, 16, context)
-        tokens = np.zeros((rows, width), np.int32)
-        lengths = np.ones(rows, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = prompt
-            lengths[i] = len(prompt)
-        state = self._start(bucket(longest + sample.max_new_tokens, 64, context), room, params, tokens, lengths,
-                            np.arange(rows) >= count)  # fmt: skip
-        limit = 1 if chunk else sample.max_new_tokens
+        batch = Batch.of(prompts, sample.max_new_tokens, self.config.model.context, self.replicas)
+        form, count = Form.of(sample), len(prompts) * samples
+        state = self._start(batch.slots, samples, form, params, batch.tokens, batch.lengths, batch.is_filler,
+                            jax.random.key(sample.seed), jnp.int32(first))  # fmt: skip
+        chunk, limit = 1, 0 if is_over else sample.max_new_tokens
+        over = np.zeros(len(batch.tokens) * samples, bool)
         end_ids = jnp.array([*ends, *[-1] * (8 - len(ends))], jnp.int32)  # of one shape, however many
-        key, sampling = jax.random.key(sample.seed), Sampling.of(sample)
+        settings = Sampling.of(sample)
         while True:
-            state = self._continue(params, state, jnp.int32(limit), end_ids, key, sampling)
-            made, done, new = jax.device_get((state.made, state.done, state.tokens))
-            yield [new[i, : made[i]].tolist() for i in range(count)]
-            if limit == sample.max_new_tokens or done.all():
+            if is_over:
+                limit, chunk = min(limit + chunk, sample.max_new_tokens), min(2 * chunk, CHUNK)
+            state = self._continue(form, params, state, over, jnp.int32(limit), end_ids, settings)
+            tokens, logs, lengths, made, done = jax.device_get(state[:5])
+            rows = [
+                Made(tokens[i, n : n + new].tolist(), logs[i, n : n + new].tolist(), bool(done[i]))
+                for i, (n, new) in enumerate(zip(lengths[:count], made[:count], strict=True))
+            ]
+            yield rows
+            if is_over:
+                over[:count] = [is_over(row.ids) for row in rows]
+            if limit == sample.max_new_tokens or (done | over).all():
                 return
-            limit = min(limit + chunk, sample.max_new_tokens)

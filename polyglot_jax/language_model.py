@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,29 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from polyglot_jax.beams import BeamSearch
 from polyglot_jax.config import Config, InputError, SampleConfig
-from polyglot_jax.generate import Generator
+from polyglot_jax.generate import Generator, Made
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.scoring import Pair, Scored, Scorer
 from polyglot_jax.sharding import check_model
+from polyglot_jax.stopping import Stop
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, read_tokenizer
 
-_CHUNK = 8  # tokens made on the device between two looks at the text
+
+class Completion(NamedTuple):
+    """What was made after a prompt.
+
+    text: without what ended it; ids: with it; log_probabilities: of each id, the model's own (over the whole padded
+    vocabulary, as in `score`, before temperature, penalties and filters); finish: why there is no more: "end" (of text,
+    or a special token to stop at), "stop" (a string) or "length".
+    """
+
+    text: str
+    ids: list[int]
+    log_probabilities: list[float]
+    finish: Literal["end", "stop", "length"]
 
 
 class Scores(NamedTuple):
@@ -58,7 +73,8 @@ class LanguageModel:
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer | None, mesh: Mesh | None = None):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype)
-        self._generator = Generator(self.model, config)
+        self._generator = Generator(self.model, config, self._replicas)
+        self._beam_search = BeamSearch(self._generator)
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
         self._scorer = Scorer(self.model)
 
@@ -81,24 +97,54 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-    ) -> list[str]:
+        samples: int | None = None,
+        first: int = 0,
+        **settings: Any,
+    ) -> list[Any]:
         """The continuations alone, one for each prompt (a single string counts as one prompt; ids are taken as such).
 
-        Arguments not given are those of config.sample. stop: None ends at <|endoftext|>; a list of strings ends before
-        the first of them instead; [] always makes max_new_tokens tokens.
+        settings: any other field of `SampleConfig`; arguments not given are those of config.sample. stop: None ends at
+        <|endoftext|>; a list of strings ends before the first of them instead; [] always makes max_new_tokens tokens.
+        samples: how many of each prompt; the result is then a list for each prompt. first: the number of the first
+        prompt, which its draws depend on: a call that is split gives what it gives whole.
+        """
+        settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                     "seed": seed}  # fmt: skip
+        made = self.complete(prompts, 1 if samples is None else samples, stop, first, **settings)
+        return [row[0].text if samples is None else [completion.text for completion in row] for row in made]
+
+    def complete(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        samples: int = 1,
+        stop: str | Sequence[str] | None = None,
+        first: int = 0,
+        **settings: Any,
+    ) -> list[list[Completion]]:
+        """As `generate`, with ids, log-probabilities and why each ended: `samples` completions for each prompt.
+
+        With settings' beams=N they are the best of beam search's N, best first.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        sample, ends = self._sample(settings), self._stop(stop)
+        if samples < 1 or (sample.beams > 1 and samples > sample.beams):
+            most = f"sample.beams={sample.beams}" if sample.beams > 1 else "as many as fit"
+            raise InputError(f"samples={samples}: must be from 1 to {most}")
         if not prompts:
             return []
-        sample = self._sample(max_new_tokens, temperature, top_k, top_p, seed)
-        ends, stop = self._ends(stop)
-        texts: list[str] = []
+        ids = self._encode(prompts)
         with self._on_mesh():
-            for rows in self._generator.run(self.params, self._encode(prompts), sample, ends, _CHUNK if stop else 0):
-                texts = [self._text(ids) for ids in rows]
-                if stop and all(_first_stop(text, stop) is not None for text in texts):
-                    break
-        return [text[: _first_stop(text, stop)] for text in texts]
+            if sample.beams > 1:
+                if ends.strings:
+                    raise InputError(
+                        f"stop={ends.strings[0]!r}: a string ends no beam; give special tokens, or beams=1"
+                    )
+                rows = self._beam_search.run(self.params, ids, sample, ends.ids)
+                return [[self._completion(made, ends, 0) for made in row[:samples]] for row in rows]
+            is_over = self._is_over(ends, sample.min_new_tokens) if ends.strings else None
+            *_, made = self._generator.run(self.params, ids, sample, ends.ids, samples, first, is_over)
+        completions = [self._completion(each, ends, sample.min_new_tokens) for each in made]
+        return [completions[i : i + samples] for i in range(0, len(completions), samples)]
 
     def stream(
         self,
@@ -109,23 +155,30 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        first: int = 0,
+        **settings: Any,
     ) -> Iterator[str]:
-        """Yield the text `generate` would return for the prompt, in pieces, as it is made.
+        """Yield the text `generate` would return for the prompt, in pieces, as it is made: first after one token.
 
-        A piece never ends within a character, nor in what may become a stop string.
+        A piece never ends within a character, nor in what may become a stop string. Interrupted or closed, it leaves
+        the model as it was.
         """
-        sample = self._sample(max_new_tokens, temperature, top_k, top_p, seed)
-        ends, stop = self._ends(stop)
+        settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                     "seed": seed}  # fmt: skip
+        sample, ends = self._sample(settings), self._stop(stop)
+        if sample.beams > 1:
+            raise InputError(f"sample.beams={sample.beams}: beam search knows no token before the last; use generate")
         text, shown = "", 0
-        states = self._generator.run(self.params, self._encode([prompt]), sample, ends, _CHUNK)
+        is_over = self._is_over(ends, sample.min_new_tokens)
+        states = self._generator.run(self.params, self._encode([prompt]), sample, ends.ids, 1, first, is_over)
         while True:
             with self._on_mesh():  # not around the yields: it would hold for what the caller does between them
                 rows = next(states, None)
             if rows is None:
                 break
-            text = self._text(rows[0])
-            end = _first_stop(text, stop)
-            safe = end if end is not None else len(text) - _unsettled(text, stop)
+            text, end = self._cut(rows[0].ids, ends, sample.min_new_tokens)
+            safe = len(text) if end is None else end
+            safe -= ends.unsettled(text) if end is None else 0
             if safe > shown:
                 yield text[shown:safe]
                 shown = safe
@@ -174,8 +227,7 @@ class LanguageModel:
             ids = (*pair.context, *pair.continuation)
             if min(ids, default=0) < 0 or max(ids, default=0) >= vocab:  # a device would clamp them in silence
                 raise InputError(f"tokens: from {min(ids)} to {max(ids)}; ids are 0 to {vocab - 1}")
-        replicas = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batches = self._scorer.run(self.params, pairs, batch_size, replicas)
+        batches = self._scorer.run(self.params, pairs, batch_size, self._replicas)
         while True:
             with self._on_mesh():  # not around the yield, as in `stream`
                 batch = next(batches, None)
@@ -183,24 +235,37 @@ class LanguageModel:
                 return
             yield batch
 
-    def _sample(self, *given: Any) -> SampleConfig:
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        values = {name: value for name, value in zip(names, given, strict=True) if value is not None}
-        return dataclasses.replace(self.config.sample, **values)
+    def _sample(self, settings: dict[str, Any]) -> SampleConfig:
+        names = {field.name for field in dataclasses.fields(SampleConfig)}
+        if unknown := sorted(settings.keys() - names):
+            raise InputError(f"sample.{unknown[0]}: no such setting; there are {', '.join(sorted(names))}")
+        given = {name: value for name, value in settings.items() if value is not None}
+        return dataclasses.replace(self.config.sample, **given)
 
-    def _ends(self, stop: str | Sequence[str] | None) -> tuple[list[int], list[str]]:
-        """The ids that end a row and the strings that do; special tokens are in no text, so they are ids."""
-        if stop is None:
-            return [self.config.data.eos_id], []
-        stop = [stop] if isinstance(stop, str) else stop
-        if "" in stop:
-            raise InputError("stop: an empty string would stop at once; give [] to make max_new_tokens tokens")
-        special = self.tokenizer.special if self.tokenizer else {}
-        end = self.config.data.eos_id
-        is_known = self.tokenizer is not None and end < self.tokenizer.valid_ids
-        if is_known and not self.tokenizer.decode([end]):  # special, under whatever name the family has for it
-            special = special | {self.tokenizer.decode([end], skip_special_tokens=False): end}
-        return [special[text] for text in stop if text in special], [text for text in stop if text not in special]
+    def _stop(self, stop: str | Sequence[str] | None) -> Stop:
+        return Stop.of(stop, self.tokenizer, self.config.data.eos_id)
+
+    def _cut(self, ids: list[int], stop: Stop, least: int) -> tuple[str, int | None]:
+        """The text of `ids`, and where a stop string begins in it that is not in the text of the first `least`."""
+        text = self._text(ids)
+        return text, stop.first(text, len(self._text(ids[:least])) if least else 0) if stop.strings else None
+
+    def _is_over(self, stop: Stop, least: int) -> Callable[[list[int]], bool]:
+        return lambda ids: self._cut(ids, stop, least)[1] is not None
+
+    def _completion(self, made: Made, stop: Stop, least: int) -> Completion:
+        text, end = self._cut(made.ids, stop, least)
+        if end is None:
+            return Completion(text, made.ids, made.log_probabilities, "end" if made.is_ended else "length")
+        # The tokens up to the one in which the stop string is complete: those after it are a chunk's rest.
+        lengths = range(1, len(made.ids) + 1)
+        used = 1 + bisect.bisect_left(lengths, True, key=lambda n: self._cut(made.ids[:n], stop, least)[1] is not None)
+        return Completion(text[:end], made.ids[:used], made.log_probabilities[:used], "stop")
+
+    @property
+    def _replicas(self) -> int:
+        """Devices that share out the rows of a batch."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         if self.tokenizer is None:
@@ -216,16 +281,3 @@ class LanguageModel:
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins, or None."""
-    return min((at for at in (text.find(string) for string in stop) if at >= 0), default=None)
-
-
-def _unsettled(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of a text may still change: half a character, or the start of a stop string."""
-    broken = len(text) - len(text.rstrip("\ufffd"))
-    settled = text[: len(text) - broken]
-    beginnings = (n for string in stop for n in range(len(string) - 1, 0, -1) if settled.endswith(string[:n]))
-    return broken + max(beginnings, default=0)

@@ -187,14 +187,16 @@ class Attention(_Part):
             # Weights are made by reading one token, which not every kernel takes.
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = {
-                "k": cache["k"].at[rows, positions].set(k.astype(cache["k"].dtype), mode="drop"),
-                "v": cache["v"].at[rows, positions].set(v.astype(cache["v"].dtype), mode="drop"),
-            }
+            cache = {"k": _stored(cache["k"], k, positions), "v": _stored(cache["v"], v, positions)}
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
         std = config.init_std / math.sqrt(2 * config.layers)
         return linear(inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
+
+
+@jax.vmap
+def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, H, S, K] with `new`, [B, T, H, K], in the slots `positions`, int[B, T]; a slot that is not there is none."""
+    return slots.at[:, positions].set(new.swapaxes(0, 1).astype(slots.dtype), mode="drop")
 
 
 class MLP(_Part):
@@ -365,6 +367,10 @@ def split_layers(params: Params) -> Params:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """Zeros [B, S, H, K] for keys and values of each layer."""
-    shape = (batch, slots, config.heads, config.head_dim)
-    return tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.layers))
+    """Zeros [B, H, S, K] for keys and values of each layer, on the mesh split by rows and heads."""
+
+    def zeros() -> jax.Array:
+        zeros = jnp.zeros((batch, config.heads, slots, config.head_dim), dtype)
+        return constrain(zeros, "batch", "heads", "length", "head_dim")
+
+    return tuple({"k": zeros(), "v": zeros()} for _ in range(config.layers))

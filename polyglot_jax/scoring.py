@@ -16,7 +16,7 @@ import numpy as np
 
 from polyglot_jax import steps
 from polyglot_jax.config import InputError
-from polyglot_jax.generate import bucket
+from polyglot_jax.generate import bucket, width
 from polyglot_jax.model import Params, Transformer
 
 BATCH_TOKENS, BATCH_LOGITS = 4096, 1 << 27
@@ -52,13 +52,6 @@ class Scored(NamedTuple):
     numbers: list[int]
     log_probabilities: np.ndarray
     is_greedy: np.ndarray
-
-
-def width(size: int, least: int, most: int) -> int:
-    """`size` rounded up to `least` times 1, 1.5, 2, 3, 4, 6, 8, ... (whole numbers); at most `most`."""
-    power = bucket(size, least, 1 << 30)
-    between = power * 3 // 4
-    return min(most, between if size <= between and between > least else power)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def test_generation_is_that_of_transformers(family):
     prompts = [some_tokens(96, 1, length)[0].tolist() for length in (3, 11, 1, 8)]
     sample = SampleConfig(max_new_tokens=20)
     (made,) = Generator(Transformer(config.model), config).run(params, prompts, sample, [config.data.eos_id])
-    for prompt, ours in zip(prompts, made, strict=True):
+    for prompt, (ours, *_) in zip(prompts, made, strict=True):
         ids = torch.tensor([prompt])
         continued = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
         assert ours == continued[0, len(prompt) :].tolist()
