@@ -51,6 +51,10 @@ class GenerateCommand:
     """Strings to end before, instead of at <|endoftext|>; given without any: always make max-new-tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and products; none: float32 on a CPU, bfloat16 elsewhere."""
+    samples: int = 1
+    """Continuations of each prompt; with beams, the best of them."""
+    log_probabilities: bool = False
+    """Also print every token made and its log-probability."""
     # --help shows the general defaults; a checkpoint's own come before them.
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
@@ -137,12 +141,26 @@ def _generate(arguments: Sequence[str]) -> None:
     command = tyro.cli(
         GenerateCommand, args=arguments, prog=program, default=dataclasses.replace(command, sample=model.config.sample)
     )
-    for prompt in command.prompt:
-        pieces = model.stream(prompt, stop=command.stop, **dataclasses.asdict(command.sample))
-        first = next(pieces, "")  # what is wrong with the prompt is said before it is printed
-        for piece in itertools.chain((prompt, first), pieces):
-            print(piece, end="", flush=True)
-        print(flush=True)
+    settings = dataclasses.asdict(command.sample)
+    if command.samples == 1 and command.sample.beams == 1 and not command.log_probabilities:
+        for number, prompt in enumerate(command.prompt):
+            pieces = model.stream(prompt, stop=command.stop, first=number, **settings)
+            first = next(pieces, "")  # what is wrong with the prompt is said before it is printed
+            for piece in itertools.chain((prompt, first), pieces):
+                print(piece, end="", flush=True)
+            print(flush=True)
+        return
+    made = model.complete(command.prompt, command.samples, command.stop, **settings)
+    for prompt, completions in zip(command.prompt, made, strict=True):
+        for number, completion in enumerate(completions):
+            total = sum(completion.log_probabilities)
+            print(f"# sample {number}, seed {command.sample.seed}, ended by {completion.finish}, "
+                  f"log-probability {total:.3f} of {len(completion.ids)} tokens")  # fmt: skip
+            print(prompt + completion.text)
+            if command.log_probabilities:
+                for token, log in zip(completion.ids, completion.log_probabilities, strict=True):
+                    text = model.tokenizer.decode([token], skip_special_tokens=False)
+                    print(f"{log:9.3f}  {token:>6}  {text!r}")
 
 
 def _prepare(arguments: Sequence[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -45,6 +48,22 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 1.50e9, int(15.75 * 2**30), 819e9, 45e9, wraps=16),
     "v5p": Chip("TPU v5", 1.75e9, 95 * 2**30, 2765e9, 90e9, wraps=4),
 }
+
+
+def readable(size: int) -> str:
+    """A number of bytes, in MB or GB."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes free on the fullest of the devices of this process; of a CPU's, which share it, its part. None: unknown."""
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() for device in local]
+    if all(stats) and all({"bytes_limit", "bytes_in_use"} <= known.keys() for known in stats):
+        return min(known["bytes_limit"] - known["bytes_in_use"] for known in stats)
+    about = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", about.read_text()) if about.exists() else None
+    return int(found[1]) * 1024 // len(local) if found and local[0].platform == "cpu" else None
 
 
 def step_flops(config: Config, with_attention: bool) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import dataclasses
+import html
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,12 +21,13 @@ from tqdm import tqdm
 from polyglot_jax.beams import BeamSearch
 from polyglot_jax.config import Config, InputError, SampleConfig
 from polyglot_jax.generate import Generator, Made
+from polyglot_jax.hardware import readable
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.scoring import Pair, Scored, Scorer
 from polyglot_jax.sharding import check_model
 from polyglot_jax.stopping import Stop
 from polyglot_jax.tokenizer import Tokenizer
-from polyglot_jax.weights import load_params, open_source, read_tokenizer
+from polyglot_jax.weights import load_params, open_source, preflight, read_tokenizer
 
 
 class Completion(NamedTuple):
@@ -51,8 +55,8 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Langu
     """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
 
     mesh: axes data, fsdp, tensor (`sharding.make_mesh`); None: the first device. dtype: of weights and products; None:
-    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. InputError if `path` holds no model, or one that
-    does not divide over the mesh.
+    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. Says first how much memory that takes.
+    InputError if `path` holds no model, or one that does not divide over the mesh or has no room there.
     """
     source = open_source(path)
     config, tokenizer = read_tokenizer(source)
@@ -61,9 +65,11 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Langu
     is_cpu = jax.default_backend() == "cpu"
     if dtype is None:
         dtype = jnp.float32 if is_cpu else jnp.bfloat16
-    if is_cpu and jnp.dtype(dtype) == jnp.float16:
+    dtype = jnp.dtype(dtype)
+    if is_cpu and dtype == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
-    params = load_params(source, mesh, jnp.dtype(dtype), split=True)
+    print(preflight(source, mesh, dtype), file=sys.stderr)
+    params = load_params(source, mesh, dtype, split=True)
     return LanguageModel(config, params, tokenizer, mesh)
 
 
@@ -78,15 +84,31 @@ class LanguageModel:
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
         self._scorer = Scorer(self.model)
 
+    def _facts(self) -> dict[str, str]:
+        model, sizes = self.config.model, collections.Counter()
+        for leaf in jax.tree.leaves(self.params):
+            for shard in leaf.addressable_shards:
+                sizes[shard.device] += shard.data.nbytes
+        platform = next(iter(sizes)).platform
+        mesh = "" if self.mesh is None else " ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        ids = f"{self.tokenizer.valid_ids:,} ids" if self.tokenizer else "none"
+        return {
+            "parameters": f"{model.parameters():,}",
+            "layers": f"{model.layers} x {model.embed}, {model.heads} heads",
+            "positions": f"{model.context:,}, {model.positions}",
+            "tokenizer": f"{ids}, in {model.vocab:,} rows" if self.tokenizer else ids,
+            "dtype": str(self.model.dtype),
+            "where": f"one {platform}" if self.mesh is None else f"{len(sizes)} x {platform} ({mesh})",
+            "on each device": readable(max(sizes.values())),
+        }
+
     def __repr__(self) -> str:
-        leaves = jax.tree.leaves(self.params)
-        where = "one device" if self.mesh is None else dict(self.mesh.shape)
-        model = self.config.model
-        return (
-            f"LanguageModel({model.parameters():,} parameters, {model.layers} layers x {model.embed}, "
-            f"{self.model.dtype} on {next(iter(leaves[0].devices())).platform} ({where}), "
-            f"tokenizer: {f'{self.tokenizer.valid_ids:,} ids' if self.tokenizer else 'none'})"
-        )
+        return f"LanguageModel({', '.join(f'{name}: {fact}' for name, fact in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = (f"<tr><th>{name}</th><td>{html.escape(fact)}</td></tr>" for name, fact in self._facts().items())
+        return f"<table><caption>LanguageModel</caption>{''.join(rows)}</table>"
 
     def generate(
         self,

@@ -94,7 +94,7 @@ def _likeliest(logits: jax.Array, weights: jax.Array, share: jax.Array) -> jax.A
 
     The least of them is found bit by bit, as the largest number that still leaves enough: 32 sums instead of a sort.
     """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0, logits), jnp.int32)  # -0 is 0
     # As unsigned numbers in the order of the floats.
     order = jax.lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
 

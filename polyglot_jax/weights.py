@@ -20,6 +20,7 @@ from tqdm import tqdm
 from polyglot_jax import checkpoint, hf_folder, store
 from polyglot_jax.checkpoint import Checkpoint, flatten, unflatten
 from polyglot_jax.config import Config, InputError
+from polyglot_jax.hardware import free_memory, readable
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.parallel import in_order
@@ -61,6 +62,36 @@ def read_tokenizer(source: Source) -> tuple[Config, Tokenizer | None]:
         return source.config.with_tokenizer(tokenizer.valid_ids, eos), tokenizer
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+
+
+def preflight(source: Source, mesh: Mesh | None, dtype: Any) -> str:
+    """What decoding with weights and cache in `dtype` needs on each device, in a line; InputError if that is not free.
+
+    Nothing is read but metadata.
+    """
+    model, dtype = source.config.model, np.dtype(dtype)
+    axes, devices = flatten(Transformer(model).axes()), jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+
+    def bytes_of(name: str) -> int:
+        shape = source.params[name].shape
+        return dtype.itemsize * math.prod(shape if mesh is None else shardings(mesh, axes[name]).shard_shape(shape))
+
+    weights = sum(map(bytes_of, source.params))
+    heads = model.heads // (1 if mesh is None else mesh.shape["tensor"])
+    cache = 2 * model.layers * heads * model.head_dim * model.context * dtype.itemsize
+    needed = (
+        f"{source.path.name}: {readable(weights)} of {dtype} weights and {readable(cache)} for the cache of a row of "
+        f"{model.context:,} tokens on each device"
+    )
+    free = free_memory(devices)
+    if free is None:
+        return needed
+    if weights + cache > free:
+        narrower = "dtype='bfloat16' halves it; " if dtype == np.float32 else ""
+        raise InputError(
+            f"{needed}, but only {readable(free)} are free; {narrower}a mesh with fsdp or tensor shares it"
+        )
+    return f"{needed}; {readable(free)} are free"
 
 
 def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool) -> Params:

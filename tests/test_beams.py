@@ -57,9 +57,9 @@ def our_beams(lm, prompts, sample, ends=(EOS,)):
         {"beams": 2},
         {"beams": 4},
         {"beams": 4, "early_stopping": "yes"},
-        {"beams": 4, "early_stopping": "never", "length_penalty": 2.0},
+        {"beams": 4, "early_stopping": "never", "length_penalty": 0.5},
         {"beams": 2, "length_penalty": -1.0, "early_stopping": "never"},
-        {"beams": 3, "length_penalty": 0.0},
+        {"beams": 4, "length_penalty": 0.0},
         {"beams": 4, "repetition_penalty": 1.5, "no_repeat_ngram": 3, "min_new_tokens": 6},
     ],
     ids=str,
@@ -70,8 +70,13 @@ def test_beams_are_those_of_transformers(pair, settings):
     expected = [their_beams(model, prompt, sample, sample.beams) for prompt in prompts()]
     assert our_beams(lm, prompts(), sample) == expected
     assert len({len(row) for rows in expected for row in rows}) > 1  # some end, and not all at once
-    # And each alone.
-    assert our_beams(lm, prompts()[2:3], sample) == expected[2:3]
+
+
+def test_beams_do_not_see_their_company(pair):
+    _, lm = pair
+    sample = SampleConfig(max_new_tokens=24, beams=4)
+    together = our_beams(lm, prompts(), sample)
+    assert [our_beams(lm, [prompt], sample)[0] for prompt in prompts()[:3]] == together[:3]
 
 
 def test_beams_of_several_ends(pair):

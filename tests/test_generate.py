@@ -14,11 +14,14 @@ from models import KOREAN, model_config, off_by, random_params
 from speakers import EOS, VALID, config_of, constant, script, tokenizer, tokens_of
 
 import polyglot_jax
-from polyglot_jax import checkpoint
+from polyglot_jax import checkpoint, language_model
+from polyglot_jax import weights as weights_module
 from polyglot_jax.config import InputError, MeshConfig, SampleConfig
-from polyglot_jax.generate import Generator
+from polyglot_jax.generate import Batch, Generator
+from polyglot_jax.hardware import free_memory
 from polyglot_jax.language_model import LanguageModel
 from polyglot_jax.model import Transformer
+from polyglot_jax.sampling import Form, Sampling
 from polyglot_jax.sharding import make_mesh
 
 
@@ -247,14 +250,14 @@ def test_another_prompt_compiles_nothing(pair, caplog):
     def ask(length, **sample):
         return compiled(caplog, lambda: list(run(fresh.params, [[7] * length], SampleConfig(**sample), [EOS])))
 
-    assert len([name for name in ask(3, max_new_tokens=20) if "_start" in name or "_continue" in name]) == 2
+    assert len([name for name in ask(3, max_new_tokens=20) if "jit(start)" in name or "jit(_continue)" in name]) == 2
     for length in (1, 4, 9, 16):
         assert ask(length, max_new_tokens=20) == []
     # Nor do other settings, nor a few tokens more.
     assert ask(5, max_new_tokens=20, temperature=0.7, top_k=3, top_p=0.8, seed=9) == []
     assert ask(5, max_new_tokens=17) == []
     # A longer prompt is another bucket: its reading is compiled anew.
-    assert any("_start" in name for name in ask(17, max_new_tokens=20))
+    assert any("jit(start)" in name for name in ask(17, max_new_tokens=20))
 
 
 def test_compilations_are_bounded(pair, monkeypatch):
@@ -277,6 +280,65 @@ def test_compilations_are_bounded(pair, monkeypatch):
     assert len(shapes) <= 5
 
 
+def test_the_cache_is_written_in_place(pair):
+    """The loop's state is donated: memory for the cache is there once, and the next chunk goes on in the same place."""
+    _, lm = pair
+    batch = Batch.of([[5, 6], [7]], 40, 128, 1)
+    state = lm._generator._start(batch.slots, 1, Form(False, 0), lm.params, *batch[:3], jax.random.key(0), 0)
+    caches = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache)]
+    settings = (np.zeros(2, bool), jnp.int32(8), jnp.full(8, -1), Sampling.of(SampleConfig()))
+    memory = lm._generator._continue.lower(Form(False, 0), lm.params, state, *settings).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= caches
+    state = lm._generator._continue(Form(False, 0), lm.params, state, *settings)
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache)] == places
+    assert state.made.tolist() == [8, 8]
+
+
+# Loading
+
+
+def test_what_loading_needs_is_said_first(tmp_path, capsys, monkeypatch):
+    model, path = model_config(), tmp_path / "checkpoint"
+    checkpoint.save(path, config_of(model), random_params(model, seed=14))
+    lm = polyglot_jax.load(path)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
+    cache = 2 * 2 * 128 * 64 * 4  # k and v of 2 layers, 128 positions of width 64 in float32
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(
+        f"checkpoint: {weights / 1e6:.1f} MB of float32 weights and {cache / 1e6:.1f} MB for the cache"
+    )
+    assert said.endswith("are free")
+
+    def fail(*_, **__):
+        raise AssertionError("read before the room was looked at")
+
+    monkeypatch.setattr(language_model, "load_params", fail)
+    monkeypatch.setattr(weights_module, "free_memory", lambda devices: weights + cache - 1)
+    with pytest.raises(InputError, match=r"but only 0\.6 MB are free; dtype='bfloat16' halves it; a mesh with fsdp"):
+        polyglot_jax.load(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(weights_module, "free_memory", lambda devices: weights + cache)
+    polyglot_jax.load(path)
+    monkeypatch.setattr(weights_module, "free_memory", lambda devices: (weights + cache) // 2)
+    polyglot_jax.load(path, dtype="bfloat16")
+    polyglot_jax.load(path, mesh=make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+
+
+def test_free_memory_is_what_the_system_says():
+    one, all_ = free_memory(jax.devices()[:1]), free_memory(jax.devices())
+    assert 10**8 < one < 2**50
+    assert all_ == pytest.approx(one / 8, rel=0.2)
+
+
+def test_the_object_says_what_it_is(pair):
+    _, lm = pair
+    for said in (repr(lm), lm._repr_html_()):
+        for part in ("124,352", "2 x 64, 4 heads", "403 ids, in 512 rows", "float32", "one cpu", "0.5 MB"):
+            assert part in said
+    assert lm._repr_html_().count("<tr>") == 7
+
+
 # On a mesh
 
 
@@ -290,6 +352,11 @@ def test_eight_devices_generate_what_one_does(tmp_path):
     assert sharding.shard_shape((64, 96)) == (32, 48)
     prompts = [KOREAN[0][:9], KOREAN[1], "마을", KOREAN[2][:5], KOREAN[4]]  # not a multiple of the 4 replicas
     assert eight.generate(prompts, max_new_tokens=16) == one.generate(prompts, max_new_tokens=16)
+    # Rows of the cache lie on four devices, heads on two.
+    batch = Batch.of([[5]] * 5, 16, 128, 4)
+    with eight._on_mesh():
+        state = eight._generator._start(batch.slots, 1, Form(False, 0), eight.params, *batch[:3], jax.random.key(0), 0)
+        assert state.cache[0]["k"].sharding.shard_shape(state.cache[0]["k"].shape) == (2, 2, 64, 16)
     contexts, continuations = KOREAN[:3], KOREAN[2:]
     np.testing.assert_allclose(
         eight.score(contexts, continuations).log_probabilities,
@@ -309,6 +376,17 @@ def test_eight_devices_generate_what_one_does(tmp_path):
         polyglot_jax.load(path, mesh=make_mesh(MeshConfig(tensor=8)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"data": 1, "tensor": 4}], ids=str)
+def test_any_mesh_draws_and_searches_the_same(tmp_path, sizes):
+    _, one = speakers.pair(tmp_path / "pair")
+    many = polyglot_jax.load(tmp_path / "pair", mesh=make_mesh(MeshConfig(**sizes)))
+    drawn = {"max_new_tokens": 16, "temperature": 1.0, "seed": 4, "samples": 2, "repetition_penalty": 1.1}
+    assert many.generate(KOREAN, **drawn) == one.generate(KOREAN, **drawn)
+    beams = {"max_new_tokens": 16, "beams": 3, "temperature": 0}
+    assert many.generate(KOREAN, **beams) == one.generate(KOREAN, **beams)
+
+
 def test_bfloat16_and_the_split_tree(tmp_path):
     model = model_config()
     params = random_params(model, seed=15)
@@ -320,4 +398,4 @@ def test_bfloat16_and_the_split_tree(tmp_path):
     full = Transformer(model).apply({"params": params}, tokens)
     assert 0 < off_by(lm.logits(tokens), full) < 0.05
     made = list(lm._generator.run(lm.params, [[5, 6, 7]], SampleConfig(max_new_tokens=8), []))[-1][0]
-    assert len(made) == 8
+    assert len(made.ids) == 8
