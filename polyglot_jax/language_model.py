@@ -51,13 +51,18 @@ class Scores(NamedTuple):
     is_greedy: np.ndarray
 
 
-def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> LanguageModel:
+def load(
+    path: str | Path, mesh: Mesh | None = None, dtype: Any = None, quantize: Literal["int8"] | None = None
+) -> LanguageModel:
     """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
 
     mesh: axes data, fsdp, tensor (`sharding.make_mesh`); None: the first device. dtype: of weights and products; None:
-    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. Says first how much memory that takes.
+    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. quantize: "int8" keeps the weights of products
+    in a byte each, with a scale for each output; products stay in `dtype`. Says first how much memory that takes.
     InputError if `path` holds no model, or one that does not divide over the mesh or has no room there.
     """
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize={quantize!r}: there is int8, or None")
     source = open_source(path)
     config, tokenizer = read_tokenizer(source)
     if mesh is not None:
@@ -68,8 +73,8 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Langu
     dtype = jnp.dtype(dtype)
     if is_cpu and dtype == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
-    print(preflight(source, mesh, dtype), file=sys.stderr)
-    params = load_params(source, mesh, dtype, split=True)
+    print(preflight(source, mesh, dtype, quantize), file=sys.stderr)
+    params = load_params(source, mesh, dtype, split=True, quantize=quantize)
     return LanguageModel(config, params, tokenizer, mesh)
 
 
@@ -78,7 +83,7 @@ class LanguageModel:
 
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer | None, mesh: Mesh | None = None):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype)
+        self.model = Transformer(config.model, dtype=params["final_norm"]["scale"].dtype)
         self._generator = Generator(self.model, config, self._replicas)
         self._beam_search = BeamSearch(self._generator)
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
@@ -97,7 +102,7 @@ class LanguageModel:
             "layers": f"{model.layers} x {model.embed}, {model.heads} heads",
             "positions": f"{model.context:,}, {model.positions}",
             "tokenizer": f"{ids}, in {model.vocab:,} rows" if self.tokenizer else ids,
-            "dtype": str(self.model.dtype),
+            "dtype": str(self.model.dtype) + (", weights in int8" if "kernel_scale" in self.params["embed"] else ""),
             "where": f"one {platform}" if self.mesh is None else f"{len(sizes)} x {platform} ({mesh})",
             "on each device": readable(max(sizes.values())),
         }

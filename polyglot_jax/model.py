@@ -23,7 +23,7 @@ from flax import struct
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
-from polyglot_jax import attention
+from polyglot_jax import attention, quantise
 from polyglot_jax.config import ModelConfig
 from polyglot_jax.sharding import constrain
 
@@ -123,6 +123,11 @@ class _Part(nn.Module):
         shape = tuple(self.config.sizes[axis] for axis in axes)
         return self.param(name, lambda *args: _Named(init(*args), axes), shape, self.param_dtype)
 
+    def scaled(self, y: jax.Array) -> jax.Array:
+        """y, [..., outputs], times the outputs' scales where the kernel is int8 (see quantise.py)."""
+        name = "kernel" + quantise.SCALE
+        return y * self.get_variable("params", name).astype(y.dtype) if self.has_variable("params", name) else y
+
     def part(self, cls: type[_Part], **more: Any) -> Any:
         return cls(self.config, self.dtype, self.param_dtype, **more)
 
@@ -164,7 +169,7 @@ class Linear(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight("kernel", self.inputs + self.outputs, nn.initializers.normal(self.std))
-        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
+        y = self.scaled(jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs)))
         if self.use_bias:
             y += self.weight("bias", self.outputs, nn.initializers.zeros).astype(self.dtype)
         return y
@@ -234,7 +239,10 @@ class Embedding(_Part):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # Rows are gathered whole: from a table split along its width, XLA would copy the result to every device first.
-        return constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
+        rows = constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
+        if self.has_variable("params", "kernel" + quantise.SCALE):
+            rows *= self.get_variable("params", "kernel" + quantise.SCALE)[ids][..., None].astype(self.dtype)
+        return rows
 
 
 class Head(_Part):
@@ -246,6 +254,7 @@ class Head(_Part):
         if not config.tied:
             kernel = self.weight("kernel", ("vocab", "embed"), nn.initializers.normal(config.init_std))
         logits = jnp.einsum("...d,vd->...v", x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = (embedding if config.tied else self).scaled(logits)
         if config.head_bias:
             logits += self.weight("bias", ("vocab",), nn.initializers.zeros).astype(jnp.float32)
         return logits

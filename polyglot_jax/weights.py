@@ -24,6 +24,7 @@ from polyglot_jax.hardware import free_memory, readable
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.parallel import in_order
+from polyglot_jax.quantise import SCALE, inputs_of, is_quantised, quantised
 from polyglot_jax.sharding import shardings
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ def read_tokenizer(source: Source) -> tuple[Config, Tokenizer | None]:
         raise InputError(f"{file}: {error}") from error
 
 
-def preflight(source: Source, mesh: Mesh | None, dtype: Any) -> str:
+def preflight(source: Source, mesh: Mesh | None, dtype: Any, quantize: str | None = None) -> str:
     """What decoding with weights and cache in `dtype` needs on each device, in a line; InputError if that is not free.
 
     Nothing is read but metadata.
@@ -73,51 +74,73 @@ def preflight(source: Source, mesh: Mesh | None, dtype: Any) -> str:
     axes, devices = flatten(Transformer(model).axes()), jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
 
     def bytes_of(name: str) -> int:
-        shape = source.params[name].shape
-        return dtype.itemsize * math.prod(shape if mesh is None else shardings(mesh, axes[name]).shard_shape(shape))
+        shape, names = source.params[name].shape, axes[name]
+        here = shape if mesh is None else shardings(mesh, names).shard_shape(shape)
+        if not (quantize and is_quantised(name)):
+            return dtype.itemsize * math.prod(here)
+        summed = [axis + store.is_stacked(name) for axis in inputs_of(name)]  # a float32 for each of the others
+        outputs = [i for i in range(len(shape)) if i not in summed]
+        scales = [shape[i] for i in outputs]
+        if mesh is not None:
+            scales = shardings(mesh, tuple(names[i] for i in outputs)).shard_shape(tuple(scales))
+        return math.prod(here) + 4 * math.prod(scales)
 
     weights = sum(map(bytes_of, source.params))
     heads = model.heads // (1 if mesh is None else mesh.shape["tensor"])
     cache = 2 * model.layers * heads * model.head_dim * model.context * dtype.itemsize
     needed = (
-        f"{source.path.name}: {readable(weights)} of {dtype} weights and {readable(cache)} for the cache of a row of "
-        f"{model.context:,} tokens on each device"
+        f"{source.path.name}: {readable(weights)} of {quantize or dtype} weights and {readable(cache)} for the cache "
+        f"of a row of {model.context:,} tokens on each device"
     )
     free = free_memory(devices)
     if free is None:
         return needed
     if weights + cache > free:
-        narrower = "dtype='bfloat16' halves it; " if dtype == np.float32 else ""
+        narrower = "" if quantize else "quantize='int8' takes a byte a weight; "
+        if dtype == np.float32 and not quantize:
+            narrower = "dtype='bfloat16' halves it; " + narrower
         raise InputError(
             f"{needed}, but only {readable(free)} are free; {narrower}a mesh with fsdp or tensor shares it"
         )
     return f"{needed}; {readable(free)} are free"
 
 
-def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool) -> Params:
+def load_params(
+    source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool, quantize: str | None = None
+) -> Params:
     """The source's parameters as jax.Arrays, laid out on `mesh` (None: the first device), a layer at a time.
 
     dtype: of the result (None: the source's own). split: a subtree for each layer, as decoding wants; else stacked.
-    Of files, only what the devices of this process need is read.
+    quantize: "int8" for the weights of products, each layer's as it is read (split only). Of files, only what the
+    devices of this process need is read; to be quantised, whole pieces.
     """
     axes = flatten(Transformer(source.config.model).axes())
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.params.values())
     leaves: dict[str, jax.Array] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}") as progress:
 
-        def place(name: str, layer: int | None) -> jax.Array:
+        def where(names: tuple[str, ...]) -> jax.sharding.Sharding:
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shardings(mesh, names)
+
+        def place(name: str, layer: int | None) -> dict[str, jax.Array]:
             names = axes[name] if layer is None else axes[name][1:]
-            where = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shardings(mesh, names)
-            array = _place(source, name, layer, where, dtype)
-            progress.update(math.prod(array.shape) * source.params[name].dtype.itemsize)
-            return array
+            if quantize and is_quantised(name):
+                inputs = inputs_of(name)
+                values, scale = quantised(source.read(name, layer), inputs)
+                outputs = tuple(axis for i, axis in enumerate(names) if i not in inputs)
+                made = {name: _laid_out(values, where(names)), name + SCALE: _laid_out(scale, where(outputs))}
+            else:
+                made = {name: _place(source, name, layer, where(names), dtype)}
+            progress.update(math.prod(made[name].shape) * source.params[name].dtype.itemsize)
+            return made
 
         if split:
             pieces = list(store.pieces(source.params))
-            for (name, layer), array in zip(pieces, in_order(lambda piece: place(*piece), pieces), strict=True):
-                leaves[name if layer is None else name.replace("layers/", f"layer_{layer}/")] = array
+            for (_, layer), made in zip(pieces, in_order(lambda piece: place(*piece), pieces), strict=True):
+                leaves |= {name.replace("layers/", f"layer_{layer}/"): array for name, array in made.items()}
         else:
-            leaves = {name: place(name, None) for name in source.params}
+            for name in source.params:
+                leaves |= place(name, None)
     return unflatten(leaves)
 
 
@@ -133,6 +156,10 @@ def fingerprint(source: Source) -> str:
     for line in in_order(checksum, sorted(pieces, key=str)):
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+def _laid_out(values: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
 
 
 def _place(source: Source, name: str, layer: int | None, where: jax.sharding.Sharding, dtype: Any) -> jax.Array:

@@ -315,7 +315,9 @@ def test_what_loading_needs_is_said_first(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(language_model, "load_params", fail)
     monkeypatch.setattr(weights_module, "free_memory", lambda devices: weights + cache - 1)
-    with pytest.raises(InputError, match=r"but only 0\.6 MB are free; dtype='bfloat16' halves it; a mesh with fsdp"):
+    with pytest.raises(
+        InputError, match=r"but only 0\.6 MB are free; dtype='bfloat16' halves it; quantize='int8' takes .*; a mesh"
+    ):
         polyglot_jax.load(path)
     monkeypatch.undo()
     monkeypatch.setattr(weights_module, "free_memory", lambda devices: weights + cache)
