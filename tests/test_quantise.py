@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import speakers
 from models import KOREAN, family_model, model_config, off_by, random_params
 from runs import SENTENCES, make_config, text_corpus
 
@@ -36,7 +35,10 @@ def saved(path, model, seed=3):
     return path
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "gptj", "xglm"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gptj", "xglm"))],
+)
 def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
     """Of every family: tied or not, with every kind of position; read by scaling the weights instead of the outputs."""
     model = family_model(family)
@@ -88,6 +90,7 @@ def test_other_kinds_are_refused(tmp_path):
         polyglot_jax.load(tmp_path, quantize="int4")
 
 
+@pytest.mark.slow
 def test_a_trained_model_keeps_its_perplexity_in_half_the_room(tmp_path):
     """The demo's size: 4 layers of 128; against bfloat16, on sentences made as those it was trained on."""
     corpus, _ = text_corpus(tmp_path / "corpus")
@@ -99,10 +102,9 @@ def test_a_trained_model_keeps_its_perplexity_in_half_the_room(tmp_path):
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params)) for lm in (half, byte)]
     assert sizes[1] <= 0.55 * sizes[0]
     assert byte.params["layer_0"]["attention"]["q"]["kernel"].dtype == jnp.int8
-    texts = [" ".join(SENTENCES[i::7][:3]) for i in range(7)]
+    texts = [" ".join(SENTENCES[i::7][:2]) for i in range(7)]
     count = sum(len(half.tokenizer.encode(text)) for text in texts)
     before, after = (-lm.score([""] * 7, texts).log_probabilities.sum() / count for lm in (half, byte))
     assert before < 2.5  # it has learnt: a uniform guess is 5.9
     assert abs(np.expm1(after - before)) < 0.01
     assert byte.generate(KOREAN[:1], max_new_tokens=8)[0]
-    assert byte.config.data.eos_id == speakers.EOS
