@@ -14,13 +14,10 @@ from models import KOREAN, model_config, off_by, random_params
 from speakers import EOS, VALID, config_of, constant, script, tokenizer, tokens_of
 
 import polyglot_jax
-from polyglot_jax import checkpoint, language_model
-from polyglot_jax import weights as weights_module
+from polyglot_jax import checkpoint
 from polyglot_jax.config import InputError, MeshConfig, SampleConfig
 from polyglot_jax.generate import Batch, Generator
-from polyglot_jax.hardware import free_memory
 from polyglot_jax.language_model import LanguageModel
-from polyglot_jax.model import Transformer
 from polyglot_jax.sampling import Form, Sampling
 from polyglot_jax.sharding import make_mesh
 
@@ -205,22 +202,6 @@ def test_few_and_empty_prompts(pair):
     assert lm.generate([[], lm.tokenizer.encode("마을")], max_new_tokens=20) == made  # ids are taken as they are
 
 
-def test_a_model_without_a_tokenizer(tmp_path):
-    model = model_config()
-    checkpoint.save(tmp_path / "checkpoint", config_of(model), random_params(model, seed=12))
-    lm = polyglot_jax.load(tmp_path / "checkpoint")
-    assert lm.tokenizer is None
-    assert "tokenizer: none" in repr(lm)
-    assert np.isfinite(lm.logits([[1, 2, 3]])).all()
-    for ask in (
-        lambda: lm.generate("마을"),
-        lambda: list(lm.stream("마을")),
-        lambda: lm.score(["마을"], [" 사람"]),
-    ):
-        with pytest.raises(InputError, match=r"without a tokenizer\.json"):
-            ask()
-
-
 def test_defaults_are_those_of_the_config(pair):
     _, lm = pair
     sample = SampleConfig(max_new_tokens=19, temperature=0.8, top_k=50, top_p=0.9, seed=5)
@@ -295,52 +276,6 @@ def test_the_cache_is_written_in_place(pair):
     assert state.made.tolist() == [8, 8]
 
 
-# Loading
-
-
-def test_what_loading_needs_is_said_first(tmp_path, capsys, monkeypatch):
-    model, path = model_config(), tmp_path / "checkpoint"
-    checkpoint.save(path, config_of(model), random_params(model, seed=14))
-    lm = polyglot_jax.load(path)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
-    cache = 2 * 2 * 128 * 64 * 4  # k and v of 2 layers, 128 positions of width 64 in float32
-    said = capsys.readouterr().err.splitlines()[0]
-    assert said.startswith(
-        f"checkpoint: {weights / 1e6:.1f} MB of float32 weights and {cache / 1e6:.1f} MB for the cache"
-    )
-    assert said.endswith("are free")
-
-    def fail(*_, **__):
-        raise AssertionError("read before the room was looked at")
-
-    monkeypatch.setattr(language_model, "load_params", fail)
-    monkeypatch.setattr(weights_module, "free_memory", lambda devices: weights + cache - 1)
-    with pytest.raises(
-        InputError, match=r"but only 0\.6 MB are free; dtype='bfloat16' halves it; quantize='int8' takes .*; a mesh"
-    ):
-        polyglot_jax.load(path)
-    monkeypatch.undo()
-    monkeypatch.setattr(weights_module, "free_memory", lambda devices: weights + cache)
-    polyglot_jax.load(path)
-    monkeypatch.setattr(weights_module, "free_memory", lambda devices: (weights + cache) // 2)
-    polyglot_jax.load(path, dtype="bfloat16")
-    polyglot_jax.load(path, mesh=make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
-
-
-def test_free_memory_is_what_the_system_says():
-    one, all_ = free_memory(jax.devices()[:1]), free_memory(jax.devices())
-    assert 10**8 < one < 2**50
-    assert all_ == pytest.approx(one / 8, rel=0.2)
-
-
-def test_the_object_says_what_it_is(pair):
-    _, lm = pair
-    for said in (repr(lm), lm._repr_html_()):
-        for part in ("124,352", "2 x 64, 4 heads", "403 ids, in 512 rows", "float32", "one cpu", "0.5 MB"):
-            assert part in said
-    assert lm._repr_html_().count("<tr>") == 7
-
-
 # On a mesh
 
 
@@ -387,17 +322,3 @@ def test_any_mesh_draws_and_searches_the_same(tmp_path, sizes):
     assert many.generate(KOREAN, **drawn) == one.generate(KOREAN, **drawn)
     beams = {"max_new_tokens": 16, "beams": 3, "temperature": 0}
     assert many.generate(KOREAN, **beams) == one.generate(KOREAN, **beams)
-
-
-def test_bfloat16_and_the_split_tree(tmp_path):
-    model = model_config()
-    params = random_params(model, seed=15)
-    checkpoint.save(tmp_path / "checkpoint", config_of(model), params)
-    lm = polyglot_jax.load(tmp_path / "checkpoint", dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(lm.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert set(lm.params) == {"embed", "layer_0", "layer_1", "final_norm", "head"}
-    tokens = np.arange(20)[None]
-    full = Transformer(model).apply({"params": params}, tokens)
-    assert 0 < off_by(lm.logits(tokens), full) < 0.05
-    made = list(lm._generator.run(lm.params, [[5, 6, 7]], SampleConfig(max_new_tokens=8), []))[-1][0]
-    assert len(made.ids) == 8
