@@ -96,7 +96,7 @@ def _named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Arr
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
     """`causal` by JAX's splash attention; `interpret` runs the same kernels, slowly, on any platform.
 
-    On a mesh each device computes its own rows and heads.
+    On a mesh each device computes its own rows and heads, whole sequences of them.
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -105,8 +105,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     # Kept for the backward pass as the kernels read them: heads before positions, q scaled.
     q, k, v = _named(*(x.swapaxes(1, 2) for x in (q * scale, k, v)))
-    if not jax.sharding.get_abstract_mesh().empty:
-        where = spec(("batch", "heads", None, "head_dim"))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        where = spec(("batch", "attention_heads", None, "head_dim"), q.shape, mesh)
         attend = jax.shard_map(attend, in_specs=(where,) * 3, out_specs=where, check_vma=False)
     return attend(q, k, v).swapaxes(1, 2)
 

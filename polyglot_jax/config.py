@@ -153,10 +153,14 @@ class MeshConfig:
     """Devices that share out weights and optimizer state, gathering each layer when it is needed."""
     tensor: int = 1
     """Devices that split heads, MLP and vocabulary of each layer."""
+    sequence: int = 1
+    """Devices that split each sequence along its length and, in attention, by heads; they share out weights as fsdp."""
+    slices: int = 1
+    """TPU slices or nodes, joined by a slower network; each holds whole copies, gradients are summed within first."""
 
     def __post_init__(self) -> None:
         _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "must be above 0, or -1 for what is left")
-        _require_positive("mesh", self, "fsdp", "tensor")
+        _require_positive("mesh", self, "fsdp", "tensor", "sequence", "slices")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class Chip(NamedTuple):
 
     kind: jax.Device.device_kind. clock: Hz of the matrix units, the compiler's cycles. memory: bytes of HBM that the
     runtime leaves free. bandwidth: of HBM, bytes/s. link: bytes/s of one link in one direction. wraps: a torus axis is
-    closed to a ring where its size is a multiple of this.
+    closed to a ring where its size is a multiple of this. network: bytes/s of a chip's share of the network between
+    slices. sizes: of slices that are sold, some of them.
     """
 
     kind: str
@@ -37,14 +38,19 @@ class Chip(NamedTuple):
     bandwidth: float
     link: float
     wraps: int
+    network: float
+    sizes: tuple[str, ...]
 
 
-# By the name a topology starts with. Google's documentation of v5e and v5p; the clock is the peak over the products the
-# matrix units start in a cycle (v5e four of 128 x 128, v5p eight).
+# By the name a topology starts with. Google's documentation of v5e and v5p (network: 6.4 Tbit/s a pod of 256 and 50
+# Gbit/s a chip); the clock is the peak over the products the matrix units start in a cycle (v5e four of 128 x 128, v5p
+# eight).
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 1.50e9, int(15.75 * 2**30), 819e9, 45e9, wraps=16),
-    "v5p": Chip("TPU v5", 1.75e9, 95 * 2**30, 2765e9, 90e9, wraps=4),
-}
+    "v5e": Chip("TPU v5 lite", 1.50e9, int(15.75 * 2**30), 819e9, 45e9, wraps=16, network=3.125e9,
+                sizes=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": Chip("TPU v5", 1.75e9, 95 * 2**30, 2765e9, 90e9, wraps=4, network=6.25e9,
+                sizes=("2x2x1", "2x2x2", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")),
+}  # fmt: skip
 
 
 def step_flops(config: Config, with_attention: bool) -> int:

@@ -18,7 +18,7 @@ from polyglot_jax.config import Config, InputError, SampleConfig
 from polyglot_jax.generate import Generator
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.scoring import Pair, Scored, Scorer
-from polyglot_jax.sharding import check_model
+from polyglot_jax.sharding import parts
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, read_tokenizer
 
@@ -35,20 +35,18 @@ class Scores(NamedTuple):
 def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> LanguageModel:
     """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
 
-    mesh: axes data, fsdp, tensor (`sharding.make_mesh`); None: the first device. dtype: of weights and products; None:
-    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. InputError if `path` holds no model, or one that
-    does not divide over the mesh.
+    mesh: of `sharding.make_mesh`; None: the first device. dtype: of weights and products; None:
+    float32 on a CPU (whose bfloat16 products are slow), else bfloat16. What does not divide over the mesh is split over
+    fewer of its axes, or whole on each device. InputError if `path` holds no model.
     """
     source = open_source(path)
     config, tokenizer = read_tokenizer(source)
-    if mesh is not None:
-        check_model(config.model, mesh)
     is_cpu = jax.default_backend() == "cpu"
     if dtype is None:
         dtype = jnp.float32 if is_cpu else jnp.bfloat16
     if is_cpu and jnp.dtype(dtype) == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
-    params = load_params(source, mesh, jnp.dtype(dtype), split=True)
+    params = load_params(source, mesh, jnp.dtype(dtype), split=True, layout="decoding")
     return LanguageModel(config, params, tokenizer, mesh)
 
 
@@ -57,7 +55,7 @@ class LanguageModel:
 
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer | None, mesh: Mesh | None = None):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype)
+        self.model = Transformer(config.model, dtype=jax.tree.leaves(params)[0].dtype, layout="decoding")
         self._generator = Generator(self.model, config)
         self._logits = jax.jit(lambda params, tokens: self.model.apply({"params": params}, tokens))
         self._scorer = Scorer(self.model)
@@ -174,7 +172,7 @@ class LanguageModel:
             ids = (*pair.context, *pair.continuation)
             if min(ids, default=0) < 0 or max(ids, default=0) >= vocab:  # a device would clamp them in silence
                 raise InputError(f"tokens: from {min(ids)} to {max(ids)}; ids are 0 to {vocab - 1}")
-        replicas = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        replicas = 1 if self.mesh is None else parts("batch", self.mesh, "decoding")
         batches = self._scorer.run(self.params, pairs, batch_size, replicas)
         while True:
             with self._on_mesh():  # not around the yield, as in `stream`

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from polyglot_jax import attention
 from polyglot_jax.config import ModelConfig
-from polyglot_jax.sharding import constrain
+from polyglot_jax.sharding import Layout, constrain
 
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
@@ -117,6 +117,7 @@ class _Part(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    layout: Layout = "training"
 
     def weight(self, name: str, axes: tuple[str, ...], init: Any) -> jax.Array:
         """Declare a weight by its axis names."""
@@ -124,7 +125,10 @@ class _Part(nn.Module):
         return self.param(name, lambda *args: _Named(init(*args), axes), shape, self.param_dtype)
 
     def part(self, cls: type[_Part], **more: Any) -> Any:
-        return cls(self.config, self.dtype, self.param_dtype, **more)
+        return cls(self.config, self.dtype, self.param_dtype, self.layout, **more)
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return constrain(x, *axes, layout=self.layout)
 
 
 @jax.custom_vjp
@@ -182,7 +186,10 @@ class Attention(_Part):
         if config.is_rotary:
             rotary = (positions, config.rotary_dims, config.rotary_base, config.positions == "rotary_interleaved")
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (constrain(y, "batch", "length", "heads", "head_dim") for y in (q, k, v))
+        # Where sequences are split, heads are split further instead while attention needs whole ones. Both sides are
+        # named, so that one all-to-all goes between them, forward and backward.
+        part, whole = ("batch", "length", "heads", "head_dim"), ("batch", None, "attention_heads", "head_dim")
+        q, k, v = (self.constrain(self.constrain(y, *part), *whole) for y in (q, k, v))
         if cache is None:
             # Weights are made by reading one token, which not every kernel takes.
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
@@ -193,6 +200,7 @@ class Attention(_Part):
                 "v": cache["v"].at[rows, positions].set(v.astype(cache["v"].dtype), mode="drop"),
             }
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
+        y = self.constrain(self.constrain(y, *whole), *part)
         std = config.init_std / math.sqrt(2 * config.layers)
         return linear(inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
 
@@ -202,7 +210,7 @@ class MLP(_Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         y = self.part(Linear, inputs=("embed",), outputs=("mlp",), std=config.init_std, name="up")(x)
-        y = checkpoint_name(constrain(y, "batch", "length", "mlp"), MLP_HIDDEN)
+        y = checkpoint_name(self.constrain(y, "batch", "length", "mlp"), MLP_HIDDEN)
         y = activate(config.activation, y)
         std = config.init_std / math.sqrt(2 * config.layers)
         return self.part(Linear, inputs=("mlp",), outputs=("embed",), std=std, name="down")(y)
@@ -219,7 +227,7 @@ class Layer(_Part):
         if self.config.residual != "parallel_shared":
             normed = self.part(LayerNorm, name="mlp_norm")(x if self.config.residual == "parallel" else middle)
         y = middle + self.part(MLP, name="mlp")(normed)
-        return constrain(y, "batch", "length", "features"), cache
+        return self.constrain(y, "batch", "length", "features"), cache
 
 
 class Embedding(_Part):
@@ -232,7 +240,7 @@ class Embedding(_Part):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # Rows are gathered whole: from a table split along its width, XLA would copy the result to every device first.
-        return constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
+        return self.constrain(self.kernel.astype(self.dtype), self.axis, "features")[ids]
 
 
 class Head(_Part):
@@ -257,8 +265,8 @@ class Transformer(nn.Module):
     with a slice of a stacked array copies the slice first.
 
     dtype is the precision of the products, param_dtype that of the weights `init` makes, remat what the backward pass
-    recomputes (`TrainConfig.remat`), attention the kernel where there is no cache (a name of `attention.KERNELS`). In
-    float32 every product is full float32 on every platform.
+    recomputes (`TrainConfig.remat`), attention the kernel where there is no cache (a name of `attention.KERNELS`),
+    layout the column of `sharding.RULES`. In float32 every product is full float32 on every platform.
     """
 
     config: ModelConfig
@@ -266,9 +274,10 @@ class Transformer(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    layout: Layout = "training"
 
     def setup(self) -> None:
-        parts = (self.config, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
+        parts = (self.config, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype), self.layout)
         layer = Layer
         of_layer = (*parts, self.attention)
         if self.remat != "none":
@@ -315,7 +324,7 @@ class Transformer(nn.Module):
         with self._products():
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            x = constrain(self._embedded(tokens, positions), "batch", "length", "features")
+            x = self._constrain(self._embedded(tokens, positions), "features")
             if hasattr(self, "layers"):
                 if cache is not None:
                     raise ValueError("a cache needs split layers: apply with split_layers(params)")
@@ -343,7 +352,10 @@ class Transformer(nn.Module):
         """[..., D] -> float32[..., V], rows of padding included, as in GPT-NeoX."""
         with self._products():
             logits = self.head(x, self.embed)
-            return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
+            return self._constrain(logits, "vocab") if logits.ndim == 3 else logits
+
+    def _constrain(self, x: jax.Array, last: str) -> jax.Array:
+        return constrain(x, "batch", "length", last, layout=self.layout)
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:
         if jnp.dtype(self.dtype) == jnp.float32:

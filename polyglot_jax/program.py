@@ -21,9 +21,14 @@ from polyglot_jax.model import Params, Transformer, abstract_params
 from polyglot_jax.optimizer import make_optimizer
 from polyglot_jax.steps import Batch, TrainState
 
-# By platform. On TPUs the reduction of a layer's gradients goes on while the next ones are computed.
+# By platform. On TPUs the reduction of a layer's gradients goes on while the next ones are computed, and weights are
+# gathered before a product, not passed round in as many small products as there are devices.
 _COMPILER_OPTIONS = {
-    "tpu": {"xla_enable_async_all_reduce": "true", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true"},
+    "tpu": {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    },
 }
 
 
@@ -40,6 +45,10 @@ class Program(NamedTuple):
     abstract: TrainState
     batch: Batch
 
+    @property
+    def mesh(self) -> Mesh:
+        return self.batch.tokens.sharding.mesh
+
     @classmethod
     def make(cls, config: Config, mesh: Mesh) -> Program:
         """Nothing is computed or placed yet."""
@@ -50,11 +59,9 @@ class Program(NamedTuple):
         optimizer = make_optimizer(config.optimizer, train.steps, model.axes())
         abstract = _abstract_state(model, optimizer, mesh)
         sharding.check_split(abstract)
-        rows = NamedSharding(mesh, sharding.spec(("batch", "length")))
-        batch = Batch(
-            jax.ShapeDtypeStruct((train.batch_size, train.sequence_length + 1), jnp.int32, sharding=rows),
-            jax.ShapeDtypeStruct((train.batch_size, train.sequence_length), jnp.float32, sharding=rows),
-        )
+        tokens, weights = (train.batch_size, train.sequence_length + 1), (train.batch_size, train.sequence_length)
+        # The one token more than the length keeps tokens from being split along it: 4 bytes each, on every device.
+        batch = Batch(_rows(tokens, jnp.int32, mesh), _rows(weights, jnp.float32, mesh))
         layout = _layout(abstract)
         step = jax.jit(
             functools.partial(steps.train_step, model, optimizer, train.accumulate),
@@ -83,18 +90,23 @@ class Program(NamedTuple):
 
     def batches(self, batches: Batches, first: int) -> Iterator[Batch]:
         """The batches after step `first`, on the mesh, made ahead of time by Grain's threads."""
-        shape, where = self.batch.tokens.shape, self.batch.tokens.sharding
+        shape, where = self.batch.tokens.shape, _layout(self.batch)
         ones = np.ones(self.batch.weights.shape, np.float32)
 
         def place(step: int) -> Batch:
             read = functools.cache(lambda start, stop: batches.rows(step, start, stop))
             return Batch(
-                jax.make_array_from_callback(shape, where, lambda index: read(*index[0].indices(shape[0])[:2])),
-                jax.make_array_from_callback(ones.shape, where, lambda index: ones[index]),
+                jax.make_array_from_callback(shape, where.tokens, lambda index: read(*index[0].indices(shape[0])[:2])),
+                jax.make_array_from_callback(ones.shape, where.weights, lambda index: ones[index]),
             )
 
         numbers = grain.MapDataset.range(first, self.config.train.steps).map(place)
         return iter(numbers.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def _rows(shape: tuple[int, int], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    where = sharding.spec(("batch", "length"), shape, mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, where))
 
 
 def _layout(abstract: Any) -> Any:
@@ -105,7 +117,7 @@ def _abstract_state(model: Transformer, optimizer: optax.GradientTransformation,
     """Moments lie where their parameters do; what belongs to no parameter is everywhere."""
     params = abstract_params(model.config, model.param_dtype)
     moments = jax.eval_shape(optimizer.init, params)
-    layout = sharding.shardings(mesh, model.axes())
+    layout = sharding.shardings(mesh, model.axes(), model.config.sizes)
     everywhere = NamedSharding(mesh, PartitionSpec())
     places = optax.tree_map_params(
         optimizer, lambda _, where: where, moments, layout, transform_non_params=lambda _: everywhere

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from polyglot_jax import sharding
 from polyglot_jax.model import Cache, Params, Transformer, init_cache
 
 
@@ -30,7 +31,7 @@ def token_losses(model: Transformer, params: Params, tokens: jax.Array) -> jax.A
     """int[B, T + 1] -> float32[B, T]: -log p of tokens 1..T, over the whole padded vocabulary as in GPT-NeoX."""
     x, _ = model.apply({"params": params}, tokens[:, :-1], method="features")
     _, losses = jax.lax.scan(lambda _, part: (None, _losses(model, params, *part)), None, _chunks(x, tokens[:, 1:]))
-    return losses.swapaxes(0, 1).reshape(x.shape[0], -1)[:, : x.shape[1]]
+    return _whole(losses, x.shape[1])
 
 
 def losses_from_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -45,20 +46,28 @@ def loss_sum(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     return _head_loss_sum(model, head, x, batch.tokens[:, 1:], batch.weights)
 
 
-# Positions of each sequence whose logits, float32[B, CHUNK, V], are held at a time.
+# Positions of each sequence, or of each device's part of one, whose logits, float32[B, CHUNK, V], are held at a time.
 CHUNK = 1024
 
 
 def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] -> [T / CHUNK, B, CHUNK, ...]; zeros fill the last chunk."""
+    """[B, T, ...] -> [N, B, T / N, ...]; zeros fill the last chunk.
+
+    Interleaved, so that every device keeps its own positions: position t goes to chunk t % N.
+    """
 
     def cut(x: jax.Array) -> jax.Array:
-        length = x.shape[1]
-        size = min(CHUNK, length)
-        x = jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+        count = -(-x.shape[1] // (CHUNK * sharding.parts("length")))
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
 
     return tuple(map(cut, arrays))
+
+
+def _whole(chunks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_chunks`: [N, B, T / N, ...] -> [B, length, ...]."""
+    x = jnp.moveaxis(chunks, 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _losses(model: Transformer, head: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
@@ -85,8 +94,7 @@ def _head_forward(model: Transformer, head: Params, x: jax.Array, targets: jax.A
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, head))
     (total, of_head), of_x = jax.lax.scan(add, zeros, _chunks(x, targets, weights))
-    of_x = of_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[-1])[:, : x.shape[1]]
-    return total, (of_head, of_x)
+    return total, (of_head, _whole(of_x, x.shape[1]))
 
 
 def _head_backward(_: Transformer, gradients: Any, of_sum: jax.Array) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from polyglot_jax import checkpoint, sharding
+from polyglot_jax import checkpoint, preflight, sharding
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.data import Batches, find_tokenizer
@@ -29,6 +29,7 @@ from polyglot_jax.log import plot_run
 from polyglot_jax.model import Params
 from polyglot_jax.optimizer import schedule
 from polyglot_jax.preemption import Preemption
+from polyglot_jax.preflight import Memory
 from polyglot_jax.program import Program
 from polyglot_jax.report import Reporter, is_due
 from polyglot_jax.saver import Saver
@@ -86,9 +87,11 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
             return start.path
         print(_describe(config, mesh, batches, start))
         stack.enter_context(jax.set_mesh(mesh))
+        room = preflight.available(mesh)
+        step_function = preflight.compile_step(program, room)
+        print(preflight.check_step(program, Memory.of(step_function), room))
         state = program.restore(start) if start else program.first_state(_first_params(program, mesh, source))
         _write_run(out, config, tokenizer, inputs)
-        step_function = program.compile()
         report = stack.enter_context(Reporter(program, batches, tokenizer, out, start))
         preemption = stack.enter_context(Preemption())
         saver = stack.enter_context(Saver(out, config, tokenizer.to_json() if tokenizer else None))

@@ -23,7 +23,7 @@ from polyglot_jax.config import Config, InputError
 from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.parallel import in_order
-from polyglot_jax.sharding import shardings
+from polyglot_jax.sharding import Layout, shardings
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import Tokenizer
 
@@ -63,10 +63,13 @@ def read_tokenizer(source: Source) -> tuple[Config, Tokenizer | None]:
         raise InputError(f"{file}: {error}") from error
 
 
-def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool) -> Params:
+def load_params(
+    source: Source, mesh: Mesh | None, dtype: Any = None, *, split: bool, layout: Layout = "training"
+) -> Params:
     """The source's parameters as jax.Arrays, laid out on `mesh` (None: the first device), a layer at a time.
 
     dtype: of the result (None: the source's own). split: a subtree for each layer, as decoding wants; else stacked.
+    layout: which column of `sharding.RULES`.
     Of files, only what the devices of this process need is read.
     """
     axes = flatten(Transformer(source.config.model).axes())
@@ -76,7 +79,9 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: 
 
         def place(name: str, layer: int | None) -> jax.Array:
             names = axes[name] if layer is None else axes[name][1:]
-            where = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shardings(mesh, names)
+            where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            if mesh is not None:
+                where = shardings(mesh, names, source.config.model.sizes, layout)
             array = _place(source, name, layer, where, dtype)
             progress.update(math.prod(array.shape) * source.params[name].dtype.itemsize)
             return array

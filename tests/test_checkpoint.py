@@ -60,7 +60,7 @@ def random_optimizer(config, dtype="float32", seed=1):
 
 
 def layout(config, mesh):
-    return shardings(make_mesh(mesh), Transformer(config.model).axes())
+    return shardings(make_mesh(mesh), Transformer(config.model).axes(), config.model.sizes)
 
 
 def abstract_of(tree, places=None):

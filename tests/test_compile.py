@@ -15,7 +15,7 @@ from polyglot_jax.cli import run
 from polyglot_jax.compile import hlo
 from polyglot_jax.compile.cost import Estimator, replica_groups
 from polyglot_jax.compile.topology import describe
-from polyglot_jax.config import InputError
+from polyglot_jax.config import Config, InputError
 from polyglot_jax.hardware import CHIPS
 
 CHIP = CHIPS["v5e"]
@@ -207,6 +207,38 @@ def test_an_axis_that_is_no_ring_has_one_link():
     assert collective(line, [(0, y) for y in range(8)]).link_bytes == pytest.approx(2048 * 2 * 7 / 8)
 
 
+# The last bytes of a body's result go to the other slices while it computes.
+BETWEEN = """
+  %t = token[] after-all()
+  %send = (f32[500,250], u32[], token[]) send(%x, %t), frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.6_0"}
+  %recv = (f32[500,250], u32[], token[]) recv(%t), frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.6_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %w = bf16[8,128]{1,0} multiply(%x, %x), backend_config={"estimated_cycles":"150000"}
+  %sent = token[] send-done(%send)
+  %got = (f32[500,250], token[]) recv-done(%recv)
+"""  # noqa: E501
+
+
+def between(text, slices):
+    found = Estimator(hlo.parse(in_body(text.strip())), CHIP, 197e12, TORUS, kernel_flops, 0.5, slices).cost()
+    (one,) = found.collectives
+    return one, found.waiting
+
+
+@pytest.mark.parametrize("slices, passed", [(2, 500_000), (4, 750_000)])
+def test_what_goes_between_slices_takes_the_network_and_waits_for_what_computing_does_not_cover(slices, passed):
+    found, waiting = between(BETWEEN, slices)
+    assert (found.kind, found.times, found.bytes, found.devices) == ("all-reduce between slices", 6, 500_000, slices)
+    # Of each chip, twice (n - 1)/n of its bytes at 3.125 GB/s; it computes for 0.1 ms meanwhile.
+    assert found.seconds == pytest.approx(passed / 3.125e9)
+    assert found.covered == pytest.approx(min(found.seconds, 1e-4))
+    assert waiting == pytest.approx(6 * (passed / 3.125e9 - 1e-4))
+
+
+def test_another_transfer_to_the_host_is_refused():
+    with pytest.raises(InputError, match="a transfer of kind ALL_TO_ALL, which is not known"):
+        between(BETWEEN.replace("ALL_REDUCE", "ALL_TO_ALL"), 2)
+
+
 def test_groups_are_read_in_every_form():
     def groups(text):
         return replica_groups(hlo.Instruction("g", "all-reduce", (), (), text), 8).tolist()
@@ -319,3 +351,22 @@ def test_a_small_step_is_compiled_for_eight_tpus(tmp_path, capsys):
     # Logits of 1,024 rows a chip: 512 x 30,080 float32 each.
     assert run(VERBS, "polyglot_jax", command.replace("--train.batch-size 16", "--train.batch-size 8192").split()) == 1
     assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_slices_reduce_gradients_within_and_then_between(tmp_path):
+    """Each chip sends its share of the gradients, no more, through the network, while it computes."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: pip install -r requirements-tpu.txt")
+    out = tmp_path / "estimate.json"
+    sizes = "--model.layers 3 --model.embed 256 --model.heads 2 --model.mlp 512 --model.context 512"
+    steps = "--train.sequence-length 512 --train.batch-size 16 --train.dtype bfloat16 --train.remat products"
+    command = f"compile --topology v5e:2x2 --mesh.slices 2 --mesh.fsdp 4 {sizes} {steps} --json {out}"
+    assert run(VERBS, "polyglot_jax", command.split()) == 0
+    found = json.loads(out.read_text())
+    assert found["chips"] == 8 and found["config"]["mesh"]["slices"] == 2
+    between = [c for c in found["collectives"] if c["kind"] == "all-reduce between slices"]
+    sent = sum(c["times"] * c["bytes"] for c in between)
+    parameters = Config.from_json(json.dumps(found["config"])).model.parameters()
+    assert 2 * parameters / 4 <= sent <= 1.05 * 4 * parameters / 4  # bfloat16 or float32, of a quarter
+    assert all(c["covered"] <= c["seconds"] for c in between)

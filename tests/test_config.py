@@ -272,13 +272,13 @@ def test_a_missing_or_foreign_corpus_is_an_error_of_one_line(error, tmp_path):
 def test_a_mesh_that_does_not_fit_is_an_error_of_one_line(error, tmp_path):
     arguments = ("--out", tmp_path / "run", "--data", random_corpus(tmp_path / "corpus"))
     message = error(*arguments, "--mesh.data", 16)
-    assert message.startswith("mesh.data=16 x mesh.fsdp=1 x mesh.tensor=1: needs 16 devices, but 8 are here")
+    assert message.startswith("mesh.data=16: needs 16 devices, but 8 are here")
     message = error(*arguments, "--mesh.fsdp", 3)
-    assert message.startswith("mesh.fsdp=3 x mesh.tensor=1: 3 does not divide the 8 devices")
+    assert message.startswith("mesh.fsdp=3: 3 does not divide the 8 devices here; give mesh.data too, or sizes whose ")
     message = error(*arguments, "--mesh.data", 4, "--train.batch-size", 6)
     assert message.startswith("train.batch_size=6: its 1 part(s) of 6 sequences do not divide over mesh.data=4")
     message = error(*arguments, "--mesh.data", 1, "--mesh.tensor", 8, "--model.heads", 4)
-    assert message == "mesh.tensor=8: does not divide model.heads=4"
+    assert message == "mesh.tensor=8: does not divide model.heads=4; 1, 2 or 4 would"
     assert not (tmp_path / "run").exists()
 
 
@@ -345,6 +345,7 @@ FLOORS = [
     {"model", "optimizer", "data", "log", "source", "safetensors_files", "store"},
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
+    {"preflight"},
     {"diagnosis", "saver", "generate", "prepare", "compile"},
     {"report", "scoring"},
     {"train", "language_model"},

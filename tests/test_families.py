@@ -214,7 +214,7 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device():
     loss, grads = jax.jit(results, compiler_options=FAST)(params, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        spread = jax.device_put(params, shardings(mesh, model.axes()))
+        spread = jax.device_put(params, shardings(mesh, model.axes(), model.config.sizes))
         spread_loss, spread_grads = jax.jit(results, compiler_options=FAST)(spread, batch)
     np.testing.assert_allclose(spread_loss, loss, rtol=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: off_by(a, b, 1.0), spread_grads, grads))) < 1e-5

@@ -201,7 +201,7 @@ def test_loading_gives_each_device_its_part(tmp_path, mesh, split):
                 assert all(same_bits(one, array[layer]) for layer, one in enumerate(got)), name
             else:
                 assert same_bits(flatten(loaded)[name], array), name
-        layout = flatten(shardings(mesh, Transformer(model).axes()))
+        layout = flatten(shardings(mesh, Transformer(model).axes(), model.sizes))
         if not split:
             assert {name: leaf.sharding for name, leaf in flatten(loaded).items()} == layout
 
@@ -283,7 +283,8 @@ def test_each_of_two_processes_reads_its_part(tmp_path, form):
     assert [process.returncode for process in processes] == [0, 0], ended
     axes = flatten(Transformer(model).axes())
     split = {
-        name: next((i for i, axis in enumerate(names) if "tensor" in RULES[axis]), None) for name, names in axes.items()
+        name: next((i for i, axis in enumerate(names) if "tensor" in RULES[axis].training), None)
+        for name, names in axes.items()
     }
     sizes = {name: array.nbytes for name, array in flatten(to_ours(model, tensors)).items()}
     expected = sum(size if split[name] is None else size // 2 for name, size in sizes.items())

@@ -94,25 +94,37 @@ def on_one_device(compiled_once, unmeasured_device, corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, tensor",
+    "sizes",
     [
-        (2, 2, 2),
-        pytest.param(8, 1, 1, marks=pytest.mark.slow),
-        pytest.param(1, 8, 1, marks=pytest.mark.slow),
-        pytest.param(1, 1, 8, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"sequence": 2, "tensor": 2, "slices": 2},
+        *(
+            pytest.param(sizes, marks=pytest.mark.slow)
+            for sizes in (
+                {"data": 8},
+                {"fsdp": 8},
+                {"tensor": 8},
+                {"sequence": 8},
+                {"data": 2, "sequence": 2, "fsdp": 2},
+                {"slices": 2, "fsdp": 4},
+                {"slices": 2, "data": 2, "tensor": 2},
+            )
+        ),
     ],
+    ids=lambda sizes: "-".join(f"{name}{size}" for name, size in sizes.items()),
 )
-def test_losses_are_the_same_on_any_mesh(corpus, on_one_device, tmp_path, data, fsdp, tensor):
-    sizes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+def test_losses_are_the_same_on_any_mesh(corpus, on_one_device, tmp_path, sizes):
+    sizes = {f"mesh__{name}": size for name, size in sizes.items()}
     train(make_config(corpus, train__steps=20, **sizes), tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_one_device), rtol=0, atol=1e-5)
     np.testing.assert_allclose(heldout_losses(tmp_path / "run"), heldout_losses(on_one_device), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts, data", [(4, 1), (8, 1), (2, 4)])
-def test_accumulated_losses_are_those_of_the_whole_batch(corpus, on_one_device, tmp_path, parts, data):
-    train(make_config(corpus, train__steps=20, train__accumulate=parts, mesh__data=data), tmp_path / "run")
+@pytest.mark.parametrize("parts, data, sequence", [(4, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 4)])
+def test_accumulated_losses_are_those_of_the_whole_batch(corpus, on_one_device, tmp_path, parts, data, sequence):
+    sizes = {"mesh__data": data, "mesh__sequence": sequence}
+    train(make_config(corpus, train__steps=20, train__accumulate=parts, **sizes), tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_one_device), rtol=0, atol=1e-5)
 
 

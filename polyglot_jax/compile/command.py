@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from polyglot_jax import sharding
+from polyglot_jax import preflight, sharding
 from polyglot_jax.attention import kernel_flops
 from polyglot_jax.compile import hlo
-from polyglot_jax.compile.cost import Cost, Estimator
+from polyglot_jax.compile.cost import Collective, Cost, Estimator
 from polyglot_jax.compile.topology import describe
-from polyglot_jax.config import Config, InputError
+from polyglot_jax.config import Config, MeshConfig
 from polyglot_jax.hardware import PEAK_BF16, Chip, step_flops
+from polyglot_jax.preflight import Memory, gib
 from polyglot_jax.program import Program
 
 EFFICIENCY = 0.5
@@ -24,33 +25,27 @@ EFFICIENCY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one chip, as the compiler allots them."""
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    code: int
-
-    @property
-    def total(self) -> int:
-        """Outputs that take the place of arguments counted once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
-
-
-@dataclasses.dataclass(frozen=True)
 class Estimate:
     """What is known of a training step on `topology` before it ever ran."""
 
-    config: Config
+    program: Program
     topology: str
     chip: Chip
-    chips: int
-    attention: str
     memory: Memory
     cost: Cost
     compile_seconds: float
+
+    @property
+    def config(self) -> Config:
+        return self.program.config
+
+    @property
+    def chips(self) -> int:
+        return self.program.mesh.size
+
+    @property
+    def attention(self) -> str:
+        return self.program.model.attention
 
     @property
     def fits(self) -> bool:
@@ -92,11 +87,14 @@ class Estimate:
 
     def __str__(self) -> str:
         config, train, cost, memory = self.config, self.config.train, self.cost, self.memory
-        gib, ms = (lambda size: f"{size / 2**30:.2f} GiB"), (lambda seconds: f"{seconds * 1e3:.1f} ms")
-        mesh = " x ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.mesh).items())
+        mesh = " x ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.mesh).items() if size > 1)
+
+        def ms(seconds: float) -> str:
+            return f"{seconds * 1e3:.1f} ms"
+
         lines = [
             f"ESTIMATE, not a measurement: one training step compiled for {self.chips} x {self.chip.kind} "
-            f"({self.topology}), mesh {mesh}",
+            f"({self.topology}{f', {config.mesh.slices} slices' if config.mesh.slices > 1 else ''}), mesh {mesh or 1}",
             f"  {config.model.parameters():,} parameters, {train.batch_size:,} x {train.sequence_length:,} tokens, "
             f"{train.dtype}, remat {train.remat}, attention {self.attention}",
             f"memory of a chip: {gib(memory.total)} of {gib(self.chip.memory)} that it leaves free: "
@@ -111,11 +109,12 @@ class Estimate:
         ]
         for kernel in cost.kernels:
             lines.append(f"  {kernel.times:>4} x {kernel.name}: {kernel.flops / 1e9:,.1f} GFLOP, {ms(kernel.seconds)}")
-        lines.append(f"collectives, at {self.chip.link / 1e9:g} GB/s a link and direction:")
+        network = f", {self.chip.network / 1e9:g} GB/s a chip between slices" if config.mesh.slices > 1 else ""
+        lines.append(f"collectives, at {self.chip.link / 1e9:g} GB/s a link and direction{network}:")
         for c in sorted(cost.collectives, key=lambda c: -c.times * c.seconds)[:16]:
             lines.append(
                 f"  {c.times:>4} x {c.kind} of {c.bytes / 1e6:,.1f} MB over {c.devices}: {c.link_bytes / 1e6:,.2f} MB "
-                f"a link, {ms(c.seconds)}, {'overlaps' if c.overlaps else 'waited for'} ({c.source[-60:]})"
+                f"a link, {ms(c.seconds)}, {_waited(c)} ({c.source[-60:]})"
             )
         if len(cost.collectives) > 16:
             lines.append(f"  ... {len(cost.collectives) - 16} smaller ones (--json has them)")
@@ -127,37 +126,28 @@ class Estimate:
         return "\n".join(lines)
 
 
+def _waited(collective: Collective) -> str:
+    if collective.covered:
+        return f"{1 - collective.covered / collective.seconds:.0%} waited for"
+    return "overlaps" if collective.overlaps else "waited for"
+
+
 def estimate(config: Config, topology: str, dump_hlo: str | None = None) -> Estimate:
     """Compile the training step of `config` for `topology` and cost it. InputError where that cannot be done."""
-    chip, devices = describe(topology)
+    chip, devices = describe(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check(config, mesh)
-    sizes = dataclasses.replace(config.mesh, **{name: mesh.shape[name] for name in mesh.shape})
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
     program, start = Program.make(config, mesh), time.perf_counter()
-    try:
-        with jax.set_mesh(mesh):
-            compiled = program.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            f"does not fit into {chip.memory / 2**30:.2f} GiB a chip; the compiler says: {error}"
-        ) from error
+    with jax.set_mesh(mesh):
+        compiled = preflight.compile_step(program, chip.memory)
     seconds, text = time.perf_counter() - start, compiled.as_text()
     if dump_hlo:
         Path(dump_hlo).write_text(text, encoding="utf-8")
-    places = [device.coords for device in mesh.devices.flat]
-    estimator = Estimator(hlo.parse(text), chip, PEAK_BF16[chip.kind], places, kernel_flops, EFFICIENCY)
-    found = compiled.memory_analysis()
-    memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
-    )
-    config = dataclasses.replace(config, mesh=sizes)
-    return Estimate(config, topology, chip, mesh.size, program.model.attention, memory, estimator.cost(), seconds)
+    places = [device.coords for device in mesh.devices[0].flat]
+    slices, peak = config.mesh.slices, PEAK_BF16[chip.kind]
+    cost = Estimator(hlo.parse(text), chip, peak, places, kernel_flops, EFFICIENCY, slices).cost()
+    return Estimate(program, topology, chip, Memory.of(compiled), cost, seconds)
 
 
 def compile_step(config: Config, topology: str, dump_hlo: str | None, json_file: str | None) -> None:
@@ -166,8 +156,4 @@ def compile_step(config: Config, topology: str, dump_hlo: str | None, json_file:
     print(found)
     if json_file:
         Path(json_file).write_text(found.to_json(), encoding="utf-8")
-    if not found.fits:
-        raise InputError(
-            f"does not fit: {found.memory.total / 2**30:.2f} GiB a chip of {found.chip.memory / 2**30:.2f}; try more "
-            f"--mesh.fsdp or --mesh.tensor, --train.accumulate, a smaller --train.batch-size, or --train.remat full"
-        )
+    preflight.check_step(found.program, found.memory, found.chip.memory)

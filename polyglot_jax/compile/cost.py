@@ -24,12 +24,15 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "rag
 # These make no work of their own, or none but what the instruction that ends them is waited for.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
-    "domain", "add-dependency", "optimization-barrier", "copy-done", "slice-done", "async-done",
+    "domain", "add-dependency", "optimization-barrier", "copy-done", "slice-done", "async-done", "send", "send-done",
+    "recv", "recv-done",
 } | {f"{kind}-done" for kind in _COLLECTIVES}  # fmt: skip
 _FREE_CALLS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
-    "GatherScatterIndicesBitpacked", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "GatherScatterIndicesBitpacked", "Sharding", "SliceId", "SPMDFullToShardShape", "SPMDShardToFullShape", "ZeroCrop",
 }  # fmt: skip
+# What tells a transfer to other slices from another; a send and its recv have the same.
+_RENDEZVOUS = "_xla_host_transfer_rendezvous"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective, run `times` times. bytes: what it makes (all-gather) or takes; link_bytes: on its busiest link."""
+    """A collective, run `times` times. bytes: what it makes (all-gather) or takes; link_bytes: on its busiest link.
+
+    covered: seconds of it that go by while the chip computes what is scheduled meanwhile.
+    """
 
     name: str
     kind: str
@@ -55,6 +61,7 @@ class Collective:
     link_bytes: float
     seconds: float
     overlaps: bool
+    covered: float = 0.0
 
 
 @dataclass
@@ -89,7 +96,7 @@ class Cost:
     @property
     def waiting(self) -> float:
         """Collectives during which nothing else happens."""
-        return sum(c.times * c.seconds for c in self.collectives if not c.overlaps)
+        return sum(c.times * (c.seconds - c.covered) for c in self.collectives if not c.overlaps)
 
     @property
     def step(self) -> float:
@@ -107,8 +114,9 @@ class Cost:
 class Estimator:
     """Walks a program for one chip.
 
-    coordinates: of each device on the torus, in the order of the program's partitions; sizes: of the torus.
-    kernel_flops: (name, shape of the queries) -> FLOPs, None for a kernel it does not know.
+    coordinates: of each device of a slice on the torus, in the order of the program's partitions. slices: how many
+    there are; what they exchange is, in the program, sent to the host. kernel_flops: (name, shape of the queries) ->
+    FLOPs, None for a kernel it does not know.
     """
 
     def __init__(
@@ -119,8 +127,9 @@ class Estimator:
         coordinates: Sequence[Sequence[int]],
         kernel_flops: Callable[[str, tuple[int, ...]], int | None],
         efficiency: float,
+        slices: int = 1,
     ):
-        self._program, self._chip, self._peak = program, chip, peak
+        self._program, self._chip, self._peak, self._slices = program, chip, peak, slices
         self._coordinates = np.array([list(place) for place in coordinates])
         self._kernel_flops, self._efficiency = kernel_flops, efficiency
         self._chains: set[tuple[str, str]] = set()
@@ -130,9 +139,29 @@ class Estimator:
 
     def _computation(self, name: str, times: int) -> Cost:
         computation, cost = self._program.computations[name], Cost()
-        for instruction in computation.instructions.values():
-            cost.add(self._instruction(computation, instruction, times))
+        sent: dict[str | None, float] = {}
+        covering = 0.0  # transfers share one network, so computing covers one of them at a time
+        for it in computation.instructions.values():
+            if it.opcode == "send":
+                sent[it.attribute(_RENDEZVOUS)] = cost.busy
+            elif it.opcode == "recv-done":
+                received = computation.instructions[it.operands[0]]
+                covering = max(covering, sent[received.attribute(_RENDEZVOUS)])
+                found = self._between_slices(received, times, (cost.busy - covering) / times)
+                covering += times * found.covered
+                cost.collectives.append(found)
+            cost.add(self._instruction(computation, it, times))
         return cost
+
+    def _between_slices(self, it: Instruction, times: int, meanwhile: float) -> Collective:
+        """An all-reduce over the slices: each chip's share is reduced and gathered through its host's network."""
+        kind, size = it.attribute("_xla_megascale_transfer_type"), it.shapes[0].bytes
+        if kind != "ALL_REDUCE":
+            raise InputError(f"%{it.name}: a transfer of kind {kind}, which is not known and so cannot be estimated")
+        passed = 2 * size * (self._slices - 1) / self._slices
+        seconds = passed / self._chip.network
+        return Collective(it.name, "all-reduce between slices", it.op_name, times, size, self._slices, passed, seconds,
+                          overlaps=False, covered=min(seconds, meanwhile))  # fmt: skip
 
     def _instruction(self, scope: Computation, it: Instruction, times: int) -> Cost:
         if it.opcode == "while":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import math
 
 import jax
@@ -23,7 +24,7 @@ def explain(config: Config, topology: str | None) -> str:
 
     topology: of TPUs that are not here; None: simulated CPU devices, as many as the mesh's sizes ask for (data -1: 1).
     """
-    chip, devices = describe(topology) if topology else (CHIPS["v5e"], _simulated(config))
+    chip, devices = describe(topology, config.mesh.slices) if topology else (CHIPS["v5e"], _simulated(config))
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check(config, mesh)
     program = Program.make(config, mesh)
@@ -32,17 +33,20 @@ def explain(config: Config, topology: str | None) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path((program.abstract, program.batch)):
         name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        spec = ", ".join("-" if part is None else str(part) for part in leaf.sharding.spec)
+        parts = [(part,) if isinstance(part, str) else part or "-" for part in leaf.sharding.spec]
+        spec = ", ".join(map(" ".join, parts))
         sizes[name.split("/")[0]] += shard
         lines.append(f"{name:<44}{leaf.shape!s:<26}{f'({spec})':<44}{shard:>12,}")
     lines += [f"{f'all of {name}':<114}{size:>12,}" for name, size in sizes.items()]
 
     with jax.set_mesh(mesh):
         text = program.compile().as_text()
-    places = [getattr(device, "coords", (number,)) for number, device in enumerate(mesh.devices.flat)]
+    # The TPU compiler makes a program for each slice, the CPU's one for all.
+    devices = mesh.devices[0] if topology else mesh.devices
+    places = [getattr(device, "coords", (number,)) for number, device in enumerate(devices.flat)]
     # Of the cost only the collectives are shown, so that other kernels than ours do not matter here.
     known = kernel_flops if topology else lambda *_: 0
-    cost = Estimator(hlo.parse(text), chip, PEAK_BF16[chip.kind], places, known, 1.0).cost()
+    cost = Estimator(hlo.parse(text), chip, PEAK_BF16[chip.kind], places, known, 1.0, config.mesh.slices).cost()
     lines += ["", f"collectives of a step, compiled for {topology or 'simulated CPU devices'}:"]
     for c in sorted(cost.collectives, key=lambda c: -c.times * c.bytes):
         lines.append(f"{c.times:>6} x {c.kind:<20}over {c.devices:<5}{c.bytes:>14,} bytes  {c.source[-70:]}")
@@ -51,7 +55,7 @@ def explain(config: Config, topology: str | None) -> str:
 
 
 def _simulated(config: Config) -> list[jax.Device]:
-    count = math.prod(max(size, 1) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+    count = math.prod(max(size, 1) for size in dataclasses.astuple(config.mesh))
     jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):  # JAX has started, and what it has must do
         jax.config.update("jax_num_cpu_devices", count)

@@ -22,8 +22,8 @@ _ENVIRONMENT = {
 }
 
 
-def describe(name: str) -> tuple[Chip, list[jax.Device]]:
-    """ "v5e:16x16" -> the chip and the devices of the topology; InputError if there is none of that name."""
+def describe(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
+    """ "v5e:16x16" -> the chip and the devices of `slices` such; InputError if there is none of that name."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[1] not in CHIPS:
         raise InputError(
@@ -39,9 +39,13 @@ def describe(name: str) -> tuple[Chip, list[jax.Device]]:
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        several = {"num_slices": slices} if slices > 1 else {}
+        devices = topologies.get_topology_desc(name, platform="tpu", **several).devices
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
-        raise InputError(f"--topology {name}: the TPU compiler knows none of that name: {error}") from error
-    if len(devices) != math.prod(map(int, found[2].split("x"))):
+        raise InputError(
+            f"--topology {name}: the TPU compiler knows none of that name ({error}); there are, for instance, "
+            f"{', '.join(f'{found[1]}:{size}' for size in CHIPS[found[1]].sizes)}"
+        ) from error
+    if len(devices) != slices * math.prod(map(int, found[2].split("x"))):
         raise InputError(f"--topology {name}: has {len(devices)} devices, not one for each chip")
     return CHIPS[found[1]], list(devices)
