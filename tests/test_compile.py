@@ -370,3 +370,5 @@ def test_two_slices_reduce_gradients_within_and_then_between(tmp_path):
     parameters = Config.from_json(json.dumps(found["config"])).model.parameters()
     assert 2 * parameters / 4 <= sent <= 1.05 * 4 * parameters / 4  # bfloat16 or float32, of a quarter
     assert all(c["covered"] <= c["seconds"] for c in between)
+    with pytest.raises(InputError, match=r"--topology v5e:3x3: .* knows none of that name .*v5e:2x4, .*v5e:16x16"):
+        describe("v5e:3x3")

@@ -127,9 +127,9 @@ class Estimate:
 
 
 def _waited(collective: Collective) -> str:
-    if collective.covered:
-        return f"{1 - collective.covered / collective.seconds:.0%} waited for"
-    return "overlaps" if collective.overlaps else "waited for"
+    if collective.overlaps or 0 < collective.seconds == collective.covered:
+        return "overlaps"
+    return f"{1 - collective.covered / collective.seconds:.0%} waited for" if collective.covered else "waited for"
 
 
 def estimate(config: Config, topology: str, dump_hlo: str | None = None) -> Estimate:
