@@ -195,10 +195,11 @@ class Attention(_Part):
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = {
-                "k": cache["k"].at[rows, positions].set(k.astype(cache["k"].dtype), mode="drop"),
-                "v": cache["v"].at[rows, positions].set(v.astype(cache["v"].dtype), mode="drop"),
-            }
+
+            def written(slots: jax.Array, new: jax.Array) -> jax.Array:
+                return self.constrain(slots.at[rows, positions].set(new.astype(slots.dtype), mode="drop"), *whole)
+
+            cache = {"k": written(cache["k"], k), "v": written(cache["v"], v)}
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
         y = self.constrain(self.constrain(y, *whole), *part)
         std = config.init_std / math.sqrt(2 * config.layers)

@@ -1,6 +1,7 @@
 """Where tensors lie on a mesh."""
 
 import dataclasses
+import functools
 import re
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import polyglot_jax
 from polyglot_jax import checkpoint, sharding, steps
 from polyglot_jax.compile.explain import explain
 from polyglot_jax.config import Config, DataConfig, InputError, MeshConfig, TrainConfig
-from polyglot_jax.model import Transformer
+from polyglot_jax.model import Transformer, init_cache
 from polyglot_jax.preflight import Memory
 from polyglot_jax.program import Program
 from polyglot_jax.sharding import check, check_model, check_split, make_mesh, spec, weight_spec
@@ -207,19 +208,25 @@ def decode(lm):
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    "mesh, rows, heads",  # of 8 and 4, on a device
     [
-        MeshConfig(fsdp=2, tensor=2),
-        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),  # more than there are heads
-        pytest.param(MeshConfig(tensor=4, sequence=2), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(slices=2, fsdp=4), marks=pytest.mark.slow),
+        (MeshConfig(fsdp=2, tensor=2), 4, 1),
+        pytest.param(MeshConfig(data=8), 1, 4, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=8), 8, 4, marks=pytest.mark.slow),  # does not divide 4 heads
+        pytest.param(MeshConfig(tensor=4, sequence=2), 8, 1, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(slices=2, fsdp=4), 4, 1, marks=pytest.mark.slow),
     ],
 )
-def test_one_prompt_and_three_give_the_same_tokens_on_any_mesh(decoded, mesh):
+def test_one_prompt_and_three_give_the_same_tokens_on_any_mesh(decoded, mesh, rows, heads):
     path, (texts, logits) = decoded
     lm = polyglot_jax.load(path, make_mesh(mesh))
     assert len(jax.tree.leaves(lm.params)[0].sharding.device_set) == 8
     found, found_logits = decode(lm)
     assert found == texts
     np.testing.assert_allclose(found_logits, logits, rtol=0, atol=1e-4)
+
+    cache = init_cache(lm.config.model, 8, 16, lm.model.dtype)
+    with jax.set_mesh(lm.mesh):
+        prefill = jax.jit(functools.partial(steps.prefill, lm.model))
+        _, cache = prefill(lm.params, jnp.ones((8, 4), jnp.int32), jnp.full(8, 4), cache)
+    assert {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache)} == {(rows, 16, heads, 16)}
