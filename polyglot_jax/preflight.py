@@ -119,23 +119,23 @@ def _split_further(program: Program, state: int, room: int) -> str:
 
     On as many devices if one will do there, else on more.
     """
-    model, shape = program.config.model, program.mesh.shape
+    model, train, shape = program.config.model, program.config.train, program.mesh.shape
     data, fsdp, others = shape["data"], shape["fsdp"], shape["sequence"] * shape["tensor"] * shape["slices"]
     sizes = [
         size
         for size in divisors(model.embed // shape["sequence"])
         if size > fsdp and model.mlp % (size * shape["sequence"] * shape["tensor"]) == 0 and state * fsdp / size <= room
     ]
-    here = next((size for size in sizes if data * fsdp % size == 0), None)
-    if here:
-        return (
-            f"--mesh.fsdp {here} --mesh.data {data * fsdp // here} (the state in {gib(state * fsdp / here)} a device)"
-        )
-    if sizes:
-        return (
-            f"{sizes[0] * others} devices of this size, with --mesh.fsdp {sizes[0]} (the state in "
-            f"{gib(state * fsdp / sizes[0])} a device), or a smaller --preset"
-        )
+    for size in sizes:
+        if data * fsdp % size == 0:
+            less = gib(state * fsdp / size)
+            return f"--mesh.fsdp {size} --mesh.data {data * fsdp // size} (the state in {less} a device)"
+    for size in sizes:
+        if train.batch_size // train.accumulate % (size * shape["slices"]) == 0:
+            return (
+                f"{size * others} devices with as much memory each, with --mesh.fsdp {size} (the state in "
+                f"{gib(state * fsdp / size)} a device), or a smaller --preset"
+            )
     return ""
 
 

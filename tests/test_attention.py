@@ -57,10 +57,11 @@ def test_splash_in_bfloat16_is_as_near_the_formula_as_xla():
     assert error[interpreted] < 2 * error[attention.causal] < 0.02
 
 
-def test_splash_on_a_mesh_splits_rows_and_heads():
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_splash_on_a_mesh_splits_rows_and_heads(axis):
     qkv = some_heads(128, 2, 128, batch=4)
     alone = value_and_gradients(interpreted, *qkv)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, **{axis: 2}))):
         split = value_and_gradients(interpreted, *qkv)
         text = jax.jit(interpreted).lower(*qkv).compile().as_text()
     assert "entry_computation_layout={(f32[1,128,1,128]" in text  # of 4 rows and 2 heads, one each

@@ -65,12 +65,12 @@ def test_a_state_that_is_too_large_is_refused_with_the_least_fsdp_that_would_do(
 @pytest.mark.parametrize(
     "divide, helps",
     [
-        (30, "; 32 devices of this size, with --mesh.fsdp 32 "),
+        (30, "; 32 devices with as much memory each, with --mesh.fsdp 32 "),
         (300, "; take a smaller --preset, or devices with more memory"),
     ],
 )
 def test_what_no_mesh_of_these_devices_holds_is_told_how_many_would(divide, helps):
-    whole = program(mesh__data=8)
+    whole = program(mesh__data=8, train__batch_size=32)
     with pytest.raises(InputError, match=helps):
         compile_step(whole, state_of(whole) // divide)
 
