@@ -361,7 +361,7 @@ def test_two_slices_reduce_gradients_within_and_then_between(tmp_path):
     out = tmp_path / "estimate.json"
     sizes = "--model.layers 3 --model.embed 256 --model.heads 2 --model.mlp 512 --model.context 512"
     steps = "--train.sequence-length 512 --train.batch-size 16 --train.dtype bfloat16 --train.remat products"
-    command = f"compile --topology v5e:2x2 --mesh.slices 2 --mesh.fsdp 4 {sizes} {steps} --json {out}"
+    command = f"compile --topology v5e:2x2 --mesh.slices 2 --mesh.fsdp 4 --model.no-tied {sizes} {steps} --json {out}"
     assert run(VERBS, "polyglot_jax", command.split()) == 0
     found = json.loads(out.read_text())
     assert found["chips"] == 8 and found["config"]["mesh"]["slices"] == 2
