@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from polyglot_jax import checkpoint, hf_folder, store
+from polyglot_jax import checkpoint, hf_folder, hosts, store
 from polyglot_jax.checkpoint import Checkpoint, flatten, unflatten
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.hf_folder import HfFolder
@@ -72,7 +72,8 @@ def load_params(source: Source, mesh: Mesh | None, dtype: Any = None, *, split: 
     axes = flatten(Transformer(source.config.model).axes())
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.params.values())
     leaves: dict[str, jax.Array] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}") as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}",
+              disable=not hosts.is_first()) as progress:  # fmt: skip
 
         def place(name: str, layer: int | None) -> jax.Array:
             names = axes[name] if layer is None else axes[name][1:]
