@@ -21,7 +21,7 @@ import sys
 import threading
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from polyglot_jax.orbax_noise import quiet
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import read_text
+from polyglot_jax.two_phases import TwoPhases
 
 FORMAT, VERSION = "polyglot-jax-checkpoint", 2
 _DAMAGED = "the checkpoint is damaged, use another one"
@@ -113,7 +114,7 @@ def start_save(
     step: int = 0,
     metrics: dict[str, float] | None = None,
     overwrite: bool = False,
-) -> Saving:
+) -> TwoPhases:
     """As `save`, but returns once the arrays are copied to the host, so that they may change or be donated.
 
     metrics: what is noted with the step. Of all processes: each writes its part, into the same folder.
@@ -142,67 +143,7 @@ def start_save(
                 _orbax().finalize(epath.Path(folder / name))
             _write_rest(folder, config, tokenizer, step, leaves, dict(ChainMap(*parts)), metrics)
 
-        return Saving(stack.pop_all(), write, commit)
-
-
-class Saving:
-    """A checkpoint that is being written in the background: every process writes its part, then the first commits."""
-
-    def __init__(self, held: contextlib.ExitStack, write: Callable[[], Files], commit: Callable[[list[Files]], None]):
-        """`held`: closed when the checkpoint is in its place, or with the exception."""
-        self._held, self._commit = held, commit
-        self._is_alone = jax.process_count() == 1
-        self._is_ending = self._is_alone  # there is nobody to ask before it commits
-        self._future = _in_background(lambda: self._end(lambda: [write()])) if self._is_alone else _in_background(write)
-
-    def _end(self, parts: Callable[[], list[Files]]) -> None:
-        with self._held:
-            found = parts()
-            if hosts.is_first():
-                self._commit(found)
-
-    def _end_together(self) -> None:
-        """When all have written, or failed to."""
-        failure, parts = None, []
-        try:
-            with hosts.together():
-                mine = self._future.result()
-            parts = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
-        except Exception as error:
-            failure = error
-
-        def found() -> list[Files]:
-            if failure:
-                raise failure
-            return parts
-
-        self._is_ending = True
-        self._future = _in_background(lambda: self._end(found))
-
-    def done(self) -> bool:
-        """Whether `result` has nothing to wait for; of all processes."""
-        if self._is_alone:
-            return self._future.done()
-        if not hosts.agree(self._future.done()):
-            return False
-        if self._is_ending:
-            return True
-        self._end_together()
-        return False
-
-    def result(self) -> None:
-        """Wait until the checkpoint is in its place; on all processes, raises what went wrong on one."""
-        if not self._is_ending:
-            self._end_together()
-        with hosts.together():
-            self._future.result()
-
-
-def _in_background(work: Callable[[], Any]) -> Future[Any]:
-    pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-    future = pool.submit(work)
-    pool.shutdown(wait=False)  # it takes no more work; Python waits for what it has
-    return future
+        return TwoPhases(stack.pop_all(), write, commit)
 
 
 class Copied(NamedTuple):

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import faulthandler
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def together() -> Iterator[None]:
             raise InputError(f"process {process}: {message}")
 
 
-def meet(place: str, seconds: int = 5) -> bool:
+def meet(place: str, seconds: int = 10) -> bool:
     """Whether all processes come to `place` within that time. Needs no device, so it may follow any error."""
     try:
         ocp.multihost.get_barrier_sync_fn()(key=f"polyglot_jax {place}", timeout_ms=1000 * seconds)
@@ -83,8 +84,8 @@ def cluster(where: DistributedConfig) -> Iterator[None]:
     if where.coordinator is None:
         yield
         return
-    _join(where)
     try:
+        _join(where)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
             yield
     except BaseException as error:
@@ -113,6 +114,9 @@ def _join(where: DistributedConfig) -> None:
         what = f"process {where.process} of {where.processes}: {what}"
         print(f"{what}: waiting for the others", file=sys.stderr)
 
+    if where.process == 0 and not _is_free(where.coordinator):
+        raise InputError(f"{what}: the port is taken; name another")
+
     def give_up() -> None:
         print(
             f"error: {what}: not all processes came together there within distributed.start_timeout="
@@ -137,8 +141,18 @@ def _join(where: DistributedConfig) -> None:
         )
         found = jax.process_count()  # the devices of all processes are known from here on
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"{what}: {str(error).splitlines()[0]}") from error
+        hint = "" if where.processes else "; give HOST:PORT, and distributed.processes and distributed.process, instead"
+        raise InputError(f"{what}: {str(error).splitlines()[0].rstrip('.')}{hint}") from error
     finally:
         timer.cancel()
     if where.processes not in (None, found):
         raise InputError(f"{what}: {found} processes came; give all the same distributed.processes")
+
+
+def _is_free(address: str) -> bool:
+    """Whether the port can be listened at; the engine ends without a word where it cannot."""
+    try:
+        with socket.create_server(("", int(address.rpartition(":")[2]))):
+            return True
+    except OSError:
+        return False

@@ -9,9 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from polyglot_jax import checkpoint, hosts
-from polyglot_jax.checkpoint import Saving
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.steps import TrainState
+from polyglot_jax.two_phases import TwoPhases
 
 
 class Saver:
@@ -26,7 +26,7 @@ class Saver:
         """`tokenizer`: the text of a tokenizer.json, for every checkpoint."""
         self._run, self._config, self._tokenizer = run, config, tokenizer
         self._step, self._is_last = 0, False
-        self._pending: Saving | None = None
+        self._pending: TwoPhases | None = None
 
     def __enter__(self) -> Saver:
         return self

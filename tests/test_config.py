@@ -341,7 +341,7 @@ FLOORS = [
     {"config", "families"},
     {"cli", "files", "hardware", "hosts", "hub", "names", "orbax_noise", "parallel", "preemption", "sharding"}
     | {"token_files", "tokenizer", "torch_files"},
-    {"attention"},
+    {"attention", "two_phases"},
     {"model", "optimizer", "data", "log", "source", "safetensors_files", "store"},
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
