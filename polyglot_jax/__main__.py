@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from polyglot_jax.cli import Verbs, run
-from polyglot_jax.config import PRESETS, Config, InputError, SampleConfig
+from polyglot_jax.config import PRESETS, Config, DistributedConfig, InputError, SampleConfig
 from polyglot_jax.files import read_config
 
 _PresetName = Literal[
@@ -36,6 +36,7 @@ class TrainCommand:
     """A config.json (a run's, or a checkpoint's) to start from instead of a preset."""
     init: str | None = None
     """Where a new run's weights come from: a checkpoint, a run, a Hugging Face folder or a hub name; none: random."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -95,10 +96,12 @@ class ExplainCommand:
 def _train(arguments: Sequence[str]) -> None:
     default = TrainCommand(out=tyro.MISSING, config=_base(arguments))
     command = tyro.cli(TrainCommand, args=arguments, prog="python -m polyglot_jax train", default=default)
+    from polyglot_jax import hosts
     from polyglot_jax.train import train
 
-    path = train(command.config, command.out, command.init)
-    print(f'next: python -m polyglot_jax generate --checkpoint {command.out} --prompt "..."\n({path})')
+    with hosts.cluster(command.distributed):
+        path = train(command.config, command.out, command.init)
+        print(f'next: python -m polyglot_jax generate --checkpoint {command.out} --prompt "..."\n({path})')
 
 
 def _compile(arguments: Sequence[str]) -> None:

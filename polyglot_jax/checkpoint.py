@@ -13,34 +13,39 @@ A checkpoint is written beside its place under another name and renamed when it 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
 import sys
 import threading
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from isal.isal_zlib import crc32
 from tqdm import tqdm
 
-from polyglot_jax import store
+from polyglot_jax import hosts, store
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.files import new_folder, read_config
+from polyglot_jax.files import beside, new_folder, read_config
 from polyglot_jax.orbax_noise import quiet
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import read_text
+from polyglot_jax.two_phases import TwoPhases
 
 FORMAT, VERSION = "polyglot-jax-checkpoint", 2
 _DAMAGED = "the checkpoint is damaged, use another one"
 Tree = dict[str, Any]
+Files = dict[str, tuple[int, int]]
+"""Size and CRC-32, by name."""
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -67,19 +72,18 @@ def _orbax() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
 
 
-def _start_tree(path: Path, tree: Any) -> ocp.AsyncCheckpointer:
-    """Copies `tree` to the host and begins to write it; whoever asked waits for it, and closes."""
+def _start_tree(path: Path, tree: Any) -> Callable[[], None]:
+    """Copies this process's part of `tree` to the host and begins to write it; what is returned waits for that."""
 
     def arguments(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
         stacked = any(getattr(key, "key", None) == "layers" for key in path) and leaf.ndim
         # In small chunks, so that conversion can read a part of a large matrix; Orbax alone puts one in one chunk.
         return ocp.SaveArgs(shard_axes=(0,) if stacked else (), chunk_byte_size=store.CHUNK)
 
-    # Orbax gives up after 20 minutes, which a slow disk needs for a few hundred gigabytes.
-    checkpointer = ocp.AsyncCheckpointer(_orbax(), async_options=ocp.options.AsyncOptions(timeout_secs=86_400))
     args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
-    checkpointer.save(path, args=args)
-    return checkpointer
+    with ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop already
+        futures = pool.submit(asyncio.run, _orbax().async_save(epath.Path(path), args=args)).result()
+    return lambda: [future.result() for future in futures]
 
 
 def save(
@@ -110,29 +114,36 @@ def start_save(
     step: int = 0,
     metrics: dict[str, float] | None = None,
     overwrite: bool = False,
-) -> Future[None]:
+) -> TwoPhases:
     """As `save`, but returns once the arrays are copied to the host, so that they may change or be donated.
 
-    The future ends when the checkpoint is in its place, or with the exception. metrics: what is noted with the step.
+    metrics: what is noted with the step. Of all processes: each writes its part, into the same folder.
     """
+    trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(params).items()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
-        folder = stack.enter_context(new_folder(path, is_checkpoint, overwrite=overwrite))
-        trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
-        writing = [stack.enter_context(contextlib.closing(_start_tree(folder / n, t))) for n, t in trees.items()]
-        leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(params).items()}
-        held = stack.pop_all()
+        with hosts.together():
+            folder = beside(Path(path).resolve())[0]
+            if hosts.is_first():
+                stack.enter_context(new_folder(path, is_checkpoint, overwrite=overwrite))
+                for name in trees:
+                    (folder / name).mkdir()
+        with hosts.together():
+            writing = [_start_tree(folder / name, tree) for name, tree in trees.items()]
 
-    def finish() -> None:
-        with held:
-            for checkpointer in writing:
-                checkpointer.wait_until_finished()
-            _write_rest(folder, config, tokenizer, step, leaves, {}, metrics)
+        def write() -> Files:
+            for wait in writing:
+                wait()
+            ours = f"/ocdbt.process_{jax.process_index()}/d/"  # the data; the rest is small, and changes at the end
+            return {name: _measure(folder / name) for name in _files_in(folder) if ours in name}
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-    future = pool.submit(finish)
-    pool.shutdown(wait=False)  # it takes no more work; Python waits for what it has
-    return future
+        def commit(parts: list[Files]) -> None:
+            for name in trees:
+                _orbax().finalize(epath.Path(folder / name))
+            _write_rest(folder, config, tokenizer, step, leaves, dict(ChainMap(*parts)), metrics)
+
+        return TwoPhases(stack.pop_all(), write, commit)
 
 
 class Copied(NamedTuple):
@@ -152,7 +163,7 @@ def copy(path: str | Path, source: Source, dtype: Any = None, *, overwrite: bool
         name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or leaf.dtype)) for name, leaf in source.params.items()
     }
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in params.values())
-    files: dict[str, tuple[int, int]] = {}
+    files: Files = {}
     non_finite: Counter[str] = Counter()
     written = 0
     with new_folder(path, is_checkpoint, overwrite=overwrite) as folder:
@@ -187,7 +198,7 @@ def _write_rest(
     tokenizer: str | None,
     step: int,
     params: dict[str, Any],
-    known: dict[str, tuple[int, int]],
+    known: Files,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """All but the arrays. `known`: size and checksum of files that need not be read for them."""
@@ -199,7 +210,7 @@ def _write_rest(
     if lost := known.keys() - set(found):
         raise InputError(f"{folder / min(lost)}: was deleted while the checkpoint was being written; convert again")
     for name in found:
-        size, checksum = known.get(name) or ((folder / name).stat().st_size, _crc32(folder / name))
+        size, checksum = known.get(name) or _measure(folder / name)
         files[name] = {"bytes": size, "crc32": f"{checksum:08x}"}
     manifest = {
         "format": FORMAT,
@@ -218,6 +229,11 @@ def _files_in(folder: Path) -> Iterator[str]:
     for file in folder.rglob("*"):
         if not file.name.startswith(".") and not file.is_dir():
             yield file.relative_to(folder).as_posix()
+
+
+def _measure(file: Path) -> tuple[int, int]:
+    """Size and checksum."""
+    return file.stat().st_size, _crc32(file)
 
 
 def _crc32(file: Path) -> int:
@@ -280,26 +296,35 @@ def newest(run: str | Path) -> Path | None:
 def newest_whole(run: str | Path) -> Checkpoint | None:
     """The newest checkpoint of a run whose every byte is as it was written; None if the run has none.
 
-    Damaged ones after it are named on stderr, and set aside as STEP.damaged. InputError if all are damaged.
+    Damaged ones after it are named on stderr, and set aside as STEP.damaged. InputError if all are damaged. Of all
+    processes; the first says which checkpoints there are.
     """
-    folders, damaged = of_run(run), []
+    names = json.loads(hosts.gather(json.dumps([folder.name for folder in of_run(run)]))[0])
+    folders, damaged = [Path(run, "checkpoints", name) for name in names], []
     for folder in folders:
         try:
-            found = Checkpoint(folder)
+            with hosts.together():
+                found = Checkpoint(folder)
             found.check()
         except (InputError, OSError) as error:
-            print(f"warning: {error}", file=sys.stderr)
+            _warn(str(error))
             damaged.append(folder)
             continue
-        for other in damaged:
-            aside = other.with_name(f"{other.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            other.rename(aside)
-            print(f"warning: {other}: set aside as {aside.name}; going on from {folder}", file=sys.stderr)
+        with hosts.together():
+            for other in damaged if hosts.is_first() else ():
+                aside = other.with_name(f"{other.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                other.rename(aside)
+                _warn(f"{other}: set aside as {aside.name}; going on from {folder}")
         return found
     if damaged:
         raise InputError(f"{run}: none of its {len(damaged)} checkpoints is whole; begin anew in another folder")
     return None
+
+
+def _warn(message: str) -> None:
+    if hosts.is_first():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def prune(run: str | Path, keep: int, keep_every: int = 0) -> None:
@@ -356,8 +381,14 @@ class Checkpoint:
                 self._compare(name, _crc32(self.path / name))
 
     def check(self) -> None:
-        """Compare every file with its checksum; InputError naming the first that is not as it was written."""
-        self._check_folder("")
+        """Compare every file with its checksum; InputError naming the first that is not as it was written.
+
+        Of all processes, which share the files out: all see the same disk, and one could not read it all in time.
+        """
+        with hosts.together():
+            by_size = sorted(self._unchecked, key=lambda name: (self._files[name]["bytes"], name))
+            self._check(*by_size[jax.process_index() :: jax.process_count()])
+        self._unchecked.clear()
 
     def _check_folder(self, folder: str) -> None:
         self._check(*(name for name in self._files if name.startswith(folder)))
@@ -411,5 +442,5 @@ class Checkpoint:
     def _restore(self, part: str, abstract: Any) -> Any:
         self._check_folder(f"{part}/")
         args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), abstract)
-        with ocp.Checkpointer(_orbax()) as checkpointer:
-            return checkpointer.restore(self.path / part, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
+        restore = ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+        return _orbax().restore(epath.Path(self.path / part), args=restore)

@@ -351,6 +351,38 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train as one, as a rule one on each host: the same command on all, but for its number."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens and all others find it; auto: as Slurm, Open MPI, Kubernetes or a TPU pod
+    says, with what follows; none: one process, alone."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this one is, from 0."""
+    start_timeout: int = 300
+    """Seconds within which all must have come."""
+    heartbeat_timeout: int = 100
+    """Seconds after which a process that gives no sign of life is taken for dead, and the others end."""
+
+    def __post_init__(self) -> None:
+        _require_positive("distributed", self, "start_timeout", "heartbeat_timeout")
+        address = self.coordinator
+        for name in ("processes", "process"):
+            value, is_needed = getattr(self, name), address not in (None, "auto")
+            reason = f"must {'' if is_needed else 'not '}be given with distributed.coordinator={address}"
+            _require((value is not None) == is_needed, f"distributed.{name}", value, reason)
+        if self.processes is not None and self.process is not None:
+            host, _, port = (address or "").rpartition(":")
+            _require(bool(host) and port.isdigit() and 0 < int(port) < 2**16, "distributed.coordinator", address,
+                     "must be HOST:PORT, or auto")  # fmt: skip
+            _require_positive("distributed", self, "processes")
+            _require(0 <= self.process < self.processes, "distributed.process", self.process,
+                     f"must be from 0 to {self.processes - 1} with distributed.processes={self.processes}")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run, a checkpoint or a generation needs to know."""
 

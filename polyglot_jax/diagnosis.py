@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from polyglot_jax import steps
 from polyglot_jax.checkpoint import flatten
@@ -21,7 +24,7 @@ def diagnose(program: Program, batches: Batches, params: Params, step: int) -> s
     """
     batch = next(program.batches(batches, step - 1))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(batch.tokens.sharding.mesh, PartitionSpec()))
     def is_finite(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         losses = steps.token_losses(program.model, params, batch.tokens)
         gradients = steps.gradients(program.model, params, batch, program.config.train.accumulate)[1]

@@ -87,7 +87,7 @@ def peak_flops(dtype: str, devices: int) -> tuple[float, str]:
     """FLOP/s of `devices` devices together, and where the figure is from.
 
     For chips in the table their bf16 peak; for others the best a large matrix product in `dtype` reaches on one of
-    them, times their number, except that the simulated devices of a CPU share its one figure.
+    them, times their number, except that the simulated devices of a process share the one figure of its CPU.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_BF16:
@@ -103,4 +103,6 @@ def peak_flops(dtype: str, devices: int) -> tuple[float, str]:
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     reached = 2 * size**3 / min(seconds)
-    return reached * (1 if is_cpu else devices), f"{kind}, measured with a product of {size} x {size} in {dtype}"
+    return reached * (
+        jax.process_count() if is_cpu else devices
+    ), f"{kind}, measured with a product of {size} x {size} in {dtype}"

@@ -61,6 +61,14 @@ class Log:
         self._events.close()
 
 
+class NoLog:
+    """Stands for the log on a process that writes none."""
+
+    def write(self, step: int, **values: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
 # Panels of a run's picture: title, axis label, whether it is logarithmic, (column of the log, its name, style).
 _PANELS = (
     ("loss", "nats per token", False, (("loss", "training", "-"), ("heldout_loss", "held out", "o-"))),

@@ -88,6 +88,11 @@ class Program(NamedTuple):
         """The state a run was left in; InputError if the checkpoint is another model's."""
         return TrainState(start.restore_params(self.abstract.params), start.restore_optimizer(self.abstract.optimizer))
 
+    def place(self, batch: Batch) -> Batch:
+        """A batch of NumPy arrays, the same on every process, on the mesh."""
+        where = self.batch.tokens.sharding
+        return jax.tree.map(lambda rows: jax.make_array_from_callback(rows.shape, where, rows.__getitem__), batch)
+
     def batches(self, batches: Batches, first: int) -> Iterator[Batch]:
         """The batches after step `first`, on the mesh, made ahead of time by Grain's threads."""
         shape, where = self.batch.tokens.shape, _layout(self.batch)

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from polyglot_jax import checkpoint, steps
+from polyglot_jax import checkpoint, hosts, steps
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import InputError
 from polyglot_jax.data import Batches
 from polyglot_jax.diagnosis import diagnose
 from polyglot_jax.hardware import peak_flops
-from polyglot_jax.log import Log
+from polyglot_jax.log import Log, NoLog
 from polyglot_jax.optimizer import schedule
 from polyglot_jax.program import Program
 from polyglot_jax.steps import Batch, TrainState
@@ -61,8 +61,10 @@ class Reporter:
         self._peak, source = peak_flops(config.train.dtype, program.batch.tokens.sharding.mesh.size)
         print(f"MFU is a share of {self._peak / 1e12:.3g} TFLOP/s ({source}), counting 6N FLOPs a token")
         first = start.step if start else 0
-        self._log = Log(out, first)
-        self._progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step")
+        self._log = Log(out, first) if hosts.is_first() else NoLog()
+        self._progress = tqdm(
+            total=config.train.steps, initial=first, desc="training", unit="step", disable=not hosts.is_first()
+        )
         self._window: list[dict[str, jax.Array]] = []
         self._newest: dict[str, float] = {}
         self._taken, self._checked, self._in_a_row = first, first, 0
@@ -98,7 +100,7 @@ class Reporter:
             self._data_wait += time.perf_counter() - start
             if batch is None:
                 return
-            if self._config.train.profile[:1] == (self._taken + 1,):
+            if hosts.is_first() and self._config.train.profile[:1] == (self._taken + 1,):
                 with self.aside("profile"):
                     jax.block_until_ready(self._window)  # steps before it, which may still be running
                     jax.profiler.start_trace(self._out / "profile", create_perfetto_trace=True)
@@ -199,8 +201,8 @@ class Reporter:
         while part := list(itertools.islice(rows, size)):
             tokens, weights = map(np.stack, zip(*part, strict=True))
             missing = ((0, size - len(tokens)), (0, 0))
-            batch = Batch(np.pad(tokens, missing), np.pad(weights, missing))
-            loss += float(self._losses(state.params, jax.device_put(batch, self._program.batch.tokens.sharding)))
+            batch = self._program.place(Batch(np.pad(tokens, missing), np.pad(weights, missing)))
+            loss += float(self._losses(state.params, batch))
             count += float(weights.sum())
             if self._bytes is not None:
                 length += int(self._bytes[tokens[:, 1:]][weights > 0].sum())

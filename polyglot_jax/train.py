@@ -20,14 +20,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from polyglot_jax import checkpoint, preflight, sharding
+from polyglot_jax import checkpoint, hosts, preflight, sharding
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.data import Batches, find_tokenizer
 from polyglot_jax.files import locked, read_config
 from polyglot_jax.hardware import free_memory
 from polyglot_jax.log import plot_run
-from polyglot_jax.model import Params
 from polyglot_jax.optimizer import schedule
 from polyglot_jax.preemption import Preemption
 from polyglot_jax.preflight import Memory
@@ -35,6 +34,7 @@ from polyglot_jax.program import Program
 from polyglot_jax.report import Reporter, is_due
 from polyglot_jax.saver import Saver
 from polyglot_jax.source import Source
+from polyglot_jax.steps import TrainState
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, read_tokenizer
 
@@ -62,37 +62,46 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
     """Train into the run folder `out`, or go on with the run that is there; returns its newest checkpoint.
 
     init: where a new run's parameters come from (anything `weights.open_source` takes); None: random, from train.seed.
-    InputError for whatever does not fit together, before anything is written.
+    InputError for whatever does not fit together, before anything is written. With several processes (hosts.cluster)
+    each calls this with the same arguments, and `out` is a folder that all of them see.
     """
     out, total = Path(out).absolute(), config.train.steps
-    tokenizer = find_tokenizer(config.data)
-    if tokenizer is not None:
-        config = config.with_tokenizer(tokenizer.valid_ids, tokenizer.eos_id)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check(config, mesh)
-    batches = Batches(config)
-    inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": str(init) if init else None}
-    _check_run(config, out, inputs)
-    source = _initial_source(config, init, tokenizer) if init and checkpoint.newest(out) is None else None
-    program = Program.make(config, mesh)
+    with hosts.together():
+        tokenizer = find_tokenizer(config.data)
+        if tokenizer is not None:
+            config = config.with_tokenizer(tokenizer.valid_ids, tokenizer.eos_id)
+        mesh = sharding.make_mesh(config.mesh)
+        _check_processes(mesh)
+        sharding.check(config, mesh)
+        batches = Batches(config)
+        inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": str(init) if init else None}
+        _check_run(config, out, inputs)
+        source = _initial_source(config, init, tokenizer) if init and checkpoint.newest(out) is None else None
+        program = Program.make(config, mesh)
+    _check_same(config, inputs)
 
     with contextlib.ExitStack() as stack:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(out.with_name(f".{out.name}.lock")))
+        with hosts.together():
+            if hosts.is_first():  # one lock for all: they are one writer
+                out.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(out.with_name(f".{out.name}.lock")))
         start = checkpoint.newest_whole(out)
         first = start.step if start else 0
         if start and first >= total:
             print(f"{out}: is at step {first} already; raise --train.steps above {total} to go on")
-            if not (out / "curves.png").is_file():  # the run was killed after its last checkpoint
+            if hosts.is_first() and not (out / "curves.png").is_file():  # the run was killed after its last checkpoint
                 print(f"wrote {plot_run(out)}")
             return start.path
         print(_describe(config, mesh, batches, start))
         stack.enter_context(jax.set_mesh(mesh))
-        room = free_memory(mesh.local_devices)
-        step_function = preflight.compile_step(program, room)
-        print(preflight.check_step(program, Memory.of(step_function), room))
-        state = program.restore(start) if start else program.first_state(_first_params(program, mesh, source))
-        _write_run(out, config, tokenizer, inputs)
+        with hosts.together():  # hosts may differ in what is free
+            room = free_memory(mesh.local_devices)
+            step_function = preflight.compile_step(program, room)
+            print(preflight.check_step(program, Memory.of(step_function), room))
+        state = _first_state(program, mesh, start, source)
+        with hosts.together():
+            if hosts.is_first():
+                _write_run(out, config, tokenizer, inputs)
         report = stack.enter_context(Reporter(program, batches, tokenizer, out, start))
         preemption = stack.enter_context(Preemption())
         saver = stack.enter_context(Saver(out, config, tokenizer.to_json() if tokenizer else None))
@@ -101,10 +110,11 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
         for step, batch in enumerate(report.watched(program.batches(batches, first)), first + 1):
             state, metrics = step_function(state, batch)
             report.step(step, metrics, state)
-            saver.poll()
+            if jax.process_count() == 1 or is_due(config.train.log_every, step, total):
+                saver.poll()  # to ask the others is to wait for the step, as a row of the log has just done
             if is_due(config.train.eval_every, step, total):
                 report.heldout(step, state)
-            is_last = step == total or preemption.asked is not None
+            is_last = step == total or preemption.reached(step)
             if is_last or is_due(config.train.checkpoint_every, step, total):
                 values = report.settle(step, state)
                 with report.aside("save"):
@@ -112,8 +122,9 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
             if is_last:
                 break
     if step < total:
-        print(f"{out}: stopped by {preemption.asked} after step {step}, which is saved; the same command goes on")
-    print(f"wrote {plot_run(out)}")
+        print(f"{out}: stopped by SIGTERM after step {step}, which is saved; the same command goes on")
+    if hosts.is_first():
+        print(f"wrote {plot_run(out)}")
     return out / "checkpoints" / str(step)
 
 
@@ -129,8 +140,33 @@ def _initial_source(config: Config, init: str | Path, tokenizer: Tokenizer | Non
     return source
 
 
-def _first_params(program: Program, mesh: Mesh, source: Source | None) -> Params:
-    return load_params(source, mesh, "float32", split=False) if source else program.random_params()
+def _first_state(program: Program, mesh: Mesh, start: Checkpoint | None, source: Source | None) -> TrainState:
+    params = None
+    with hosts.together():  # each process reads what lies on its devices
+        if start:
+            return program.restore(start)
+        if source:
+            params = load_params(source, mesh, "float32", split=False)
+    return program.first_state(program.random_params() if params is None else params)
+
+
+def _check_processes(mesh: Mesh) -> None:
+    if jax.process_count() > 1 and mesh.size < jax.device_count():
+        raise InputError(
+            f"{' x '.join(f'mesh.{axis}={size}' for axis, size in mesh.shape.items())}: uses {mesh.size} of the "
+            f"{jax.device_count()} devices of {jax.process_count()} processes; several processes have to use them all"
+        )
+
+
+def _check_same(config: Config, inputs: dict[str, Any]) -> None:
+    """InputError if a process trains something else than the first. Of all processes."""
+    first = json.loads(hosts.gather(json.dumps([config.to_json(), inputs]))[0])
+    with hosts.together():
+        differences = [line for _, line in _differences(Config.from_json(first[0]), config)]
+        if first[1] != inputs:
+            differences.append(f"token files or --init are {first[1]} there, {inputs} here")
+        if differences:
+            raise InputError(f"other settings than those of process 0: {'; '.join(differences)}")
 
 
 def _check_run(config: Config, out: Path, inputs: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from polyglot_jax import checkpoint, hf_folder, store
+from polyglot_jax import checkpoint, hf_folder, hosts, store
 from polyglot_jax.checkpoint import Checkpoint, flatten, unflatten
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.hardware import free_memory, readable
@@ -121,7 +121,8 @@ def load_params(
     axes = flatten(Transformer(source.config.model).axes())
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.params.values())
     leaves: dict[str, jax.Array] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}") as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {source.path.name}",
+              disable=not hosts.is_first()) as progress:  # fmt: skip
 
         def where(names: tuple[str, ...]) -> jax.sharding.Sharding:
             return _where(mesh, names, source.config.model.sizes, layout)

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -327,15 +326,13 @@ def test_a_failed_save_leaves_no_part_of_itself_and_the_old_one(saved, config, m
     start_tree, write_text = checkpoint._start_tree, Path.write_text
 
     def failing_tree(folder, tree):
-        checkpointer = start_tree(folder, tree)
+        wait = start_tree(folder, tree)
 
         def wait_and_fail():
-            checkpointer.wait_until_finished()  # written, and then it fails
+            wait()  # written, and then it fails
             failure()
 
-        if folder.name == part:
-            return SimpleNamespace(wait_until_finished=wait_and_fail, close=checkpointer.close)
-        return checkpointer
+        return wait_and_fail if folder.name == part else wait
 
     def failing_text(file, *args, **kwargs):
         write_text(file, *args, **kwargs)

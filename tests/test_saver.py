@@ -282,11 +282,11 @@ def test_a_last_checkpoint_that_fails_is_an_error_whatever_the_policy(corpus, tm
 
 
 def test_killed_inside_a_save(corpus, whole, tmp_path, compiled):
-    """By injection: before Orbax writes, before it commits, before the rename, and before what it replaces goes."""
+    """By injection: before Orbax writes, when it has written, before the rename, and before what it replaces goes."""
     config, run = make_config(corpus, **WHOLE | {"train__keep": 1}), tmp_path / "run"
     for moment, left in (
-        (("os.mkdir", "/3.incomplete/params.orbax-checkpoint-tmp"), ["3.incomplete"]),
-        (("os.rename", "/3.incomplete/optimizer.orbax-checkpoint-tmp"), ["3.incomplete"]),
+        (("os.mkdir", "/3.incomplete/optimizer"), ["3.incomplete"]),
+        (("open", "/3.incomplete/manifest.json"), ["3.incomplete"]),
         (("os.rename", "/3.incomplete"), ["3.incomplete"]),
         (("os.remove", "/3/manifest.json"), ["3", "6"]),
     ):
