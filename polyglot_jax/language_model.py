@@ -294,17 +294,27 @@ class LanguageModel:
         """Devices that share out the rows of a batch."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    @property
+    def _known_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError("this model came without a tokenizer.json; put one beside its weights, or use .logits")
-        return self.tokenizer.encode_batch(texts)
+        return self.tokenizer
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._known_tokenizer.encode_batch(texts)
 
     def _encode(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        rows = self._tokens(texts) if all(isinstance(text, str) for text in texts) else [list(ids) for ids in texts]
+        if all(isinstance(text, str) for text in texts):
+            rows = self._tokens(texts)
+        else:
+            rows, vocab, _ = [list(ids) for ids in texts], self.config.model.vocab, self._known_tokenizer
+            for ids in rows:
+                if ids and not 0 <= min(ids) <= max(ids) < vocab:  # a device would clamp them in silence
+                    raise InputError(f"prompt: ids from {min(ids)} to {max(ids)}; they are 0 to {vocab - 1}")
         return [ids or [self.config.data.eos_id] for ids in rows]
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
+        return self._known_tokenizer.decode(ids)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -193,6 +193,17 @@ def test_bad_settings_are_input_errors(pair, sample, name):
         pair[1].generate("마을", **sample)
 
 
+@pytest.mark.parametrize("ids", [[5, 512], [-1]])
+def test_ids_that_are_no_ids_are_an_input_error(pair, ids):
+    with pytest.raises(InputError, match=r"^prompt: ids from .* they are 0 to 511$"):
+        pair[1].generate([[7], ids], max_new_tokens=2)
+
+
+def test_unknown_settings_are_input_errors(pair):
+    with pytest.raises(InputError, match=r"^sample\.top_q: no such setting; there are beams, "):
+        pair[1].generate("마을", top_q=0.5)
+
+
 def test_few_and_empty_prompts(pair):
     _, lm = pair
     assert lm.generate([]) == []

@@ -89,6 +89,7 @@ def test_a_model_without_a_tokenizer(tmp_path):
     assert np.isfinite(lm.logits([[1, 2, 3]])).all()
     for ask in (
         lambda: lm.generate("마을"),
+        lambda: lm.generate([[5, 6]]),
         lambda: list(lm.stream("마을")),
         lambda: lm.score(["마을"], [" 사람"]),
     ):
