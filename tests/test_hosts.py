@@ -191,16 +191,14 @@ def says_that_another_is_lost(member: Member, status: int | None) -> None:
 
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(
-    corpus, compiled, on_one_process, tmp_path, killed
-):
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(corpus, compiled, on_one_process, tmp_path, killed):
     run, file = tmp_path / "run", write_config(tmp_path, corpus, **WHOLE)
     with cluster(tmp_path, compiled, "--config", file, "--out", run, setup=slowly, heartbeat=10) as members:
         until(lambda: 4 in steps_kept(run), members)
         os.kill(members[killed].process.pid, signal.SIGKILL)
         left, status = members[1 - killed], wait(members)[1 - killed]
     says_that_another_is_lost(left, status)
-    train_on_two(tmp_path, compiled, file, run)
+    train(make_config(corpus, **FOUR_DEVICES | WHOLE), run)
     close(run, on_one_process)
     assert steps_kept(run) == [4, 8, 12]
 
