@@ -20,7 +20,7 @@ import shutil
 import sys
 import threading
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,14 @@ def _start_tree(path: Path, tree: Any) -> Callable[[], None]:
     args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
     with ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop already
         futures = pool.submit(asyncio.run, _orbax().async_save(epath.Path(path), args=args)).result()
-    return lambda: [future.result() for future in futures]
+    return lambda: _each(future.result for future in futures)
+
+
+def _each(waits: Iterable[Callable[[], Any]]) -> None:
+    """Wait for all; one that fails has the others waited for too, before it is raised."""
+    with contextlib.ExitStack() as stack:
+        for wait in waits:
+            stack.callback(wait)
 
 
 def save(
@@ -133,8 +140,7 @@ def start_save(
             writing = [_start_tree(folder / name, tree) for name, tree in trees.items()]
 
         def write() -> Files:
-            for wait in writing:
-                wait()
+            _each(writing)  # whoever is told of a failure deletes the folder, so nobody may be writing
             ours = f"/ocdbt.process_{jax.process_index()}/d/"  # the data; the rest is small, and changes at the end
             return {name: _measure(folder / name) for name in _files_in(folder) if ours in name}
 

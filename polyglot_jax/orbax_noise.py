@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Its threads log what ended them; asyncio, whenever the garbage is collected, each write that failed after the first.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+logging.getLogger("asyncio").addFilter(
+    lambda record: not any(name in record.getMessage() for name in ("orbax", "OCDBT database"))
+)
+# And Python of the writes that were still to begin.
+warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 
 
 @contextmanager

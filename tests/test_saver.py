@@ -194,6 +194,7 @@ def test_a_failed_save_stops_the_run_at_the_next_step(corpus, tmp_path, monkeypa
     assert steps_kept(run) == []
 
 
+@pytest.mark.filterwarnings("ignore:coroutine 'async_serialize")  # as orbax_noise does; pytest has filters of its own
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_disk_that_fills(corpus, tmp_path, policy, capfd, caplog):
     """The last good checkpoint stays; the run stops, or goes on to its next checkpoint; one line says so."""
