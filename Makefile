@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all notebooks lint clean
 
 # Run time only.
 .venv/installed: requirements.txt
@@ -26,6 +26,10 @@ test: .venv/installed-test
 
 test-all: test
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m slow
+
+# Runs the notebooks and keeps what they show, with the model of `make demo`.
+notebooks: .venv/installed-test
+	cd experiments/notebooks && JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} ../../$(BIN)/jupyter execute --inplace *.ipynb
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
