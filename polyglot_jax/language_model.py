@@ -72,7 +72,7 @@ def load(
     dtype = jnp.dtype(dtype)
     if is_cpu and dtype == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
-    print(preflight(source, mesh, dtype, quantize), file=sys.stderr)
+    print(f"note: {preflight(source, mesh, dtype, quantize)}", file=sys.stderr)
     params = load_params(source, mesh, dtype, split=True, layout="decoding", quantize=quantize)
     return LanguageModel(config, params, tokenizer, mesh)
 
