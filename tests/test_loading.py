@@ -45,7 +45,7 @@ def test_what_loading_needs_is_said_first(tmp_path, capsys, monkeypatch):
     cache = 2 * 2 * 128 * 64 * 4  # k and v of 2 layers, 128 positions of width 64 in float32
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(
-        f"checkpoint: {weights / 1e6:.1f} MB of float32 weights and {cache / 1e6:.1f} MB for the cache"
+        f"note: checkpoint: {weights / 1e6:.1f} MB of float32 weights and {cache / 1e6:.1f} MB for the cache"
     )
     assert said.endswith("are free")
 
