@@ -10,7 +10,7 @@ RECIPE = Recipe(
     name="pretrain_1_3b",
     preset="polyglot-ko-1.3b",
     tokens=213e9,
-    meshes={"v5e:8x16": "--mesh.fsdp 128"},
+    meshes={"v5e:8x16": "--mesh.data 2 --mesh.fsdp 64"},
 )
 
 if __name__ == "__main__":

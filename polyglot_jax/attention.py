@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
 KERNELS: dict[str, Kernel] = {
     # Pallas, by JAX's authors: blocks of queries and keys in on-chip memory, blocks above the diagonal are skipped.
     "splash": Kernel(("tpu",), ("bfloat16", "float32"), head_dim=128, max_head_dim=256, length=128),
-    # cuDNN's flash attention. Heads of 256 need Hopper or newer, which `jax.nn` checks when it is traced there.
+    # cuDNN's flash attention. It takes heads of 256 (5.8B) on Hopper and newer, which was not tried: they go to xla.
     "cudnn": Kernel(("gpu", "cuda"), ("bfloat16",), head_dim=8, max_head_dim=128, length=64),
     # Scores of all heads at once, float32[B, H, T, T].
     "xla": Kernel(("tpu", "gpu", "cuda", "rocm", "cpu"), ("bfloat16", "float32"), 1, 1 << 30, length=1),

@@ -136,8 +136,14 @@ def start_save(
                 stack.enter_context(new_folder(path, is_checkpoint, overwrite=overwrite))
                 for name in trees:
                     (folder / name).mkdir()
-        with hosts.together():
-            writing = [_start_tree(folder / name, tree) for name, tree in trees.items()]
+        writing = []
+        with hosts.together(), contextlib.ExitStack() as started:  # one that fails has the other waited for
+            for name, tree in trees.items():
+                if not (folder / name).is_dir():
+                    raise InputError(f"{folder / name}: made by process 0, is not seen here; name a folder all share")
+                writing.append(_start_tree(folder / name, tree))
+                started.callback(writing[-1])
+            started.pop_all()
 
         def write() -> Files:
             _each(writing)  # whoever is told of a failure deletes the folder, so nobody may be writing
@@ -214,7 +220,7 @@ def _write_rest(
     files = {}
     found = sorted(_files_in(folder))
     if lost := known.keys() - set(found):
-        raise InputError(f"{folder / min(lost)}: was deleted while the checkpoint was being written; convert again")
+        raise InputError(f"{folder / min(lost)}: was deleted while the checkpoint was being written; write it again")
     for name in found:
         size, checksum = known.get(name) or _measure(folder / name)
         files[name] = {"bytes": size, "crc32": f"{checksum:08x}"}

@@ -274,17 +274,28 @@ class TrainConfig:
     """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
     profile: tuple[int, ...] = ()
     """First and last step of which the profiler's trace is written to the run's folder; none: no trace."""
+    watchdog: int = 1800
+    """Seconds without a row of the log after which every thread's stack is printed, once; 0: never."""
 
     def __post_init__(self) -> None:
         _require_positive("train", self, "steps", "batch_size", "sequence_length", "accumulate", "log_every")
-        for name in ("eval_every", "eval_sequences", "checkpoint_every", "keep", "keep_every", "skip_limit"):
+        not_negative = (
+            "eval_every",
+            "eval_sequences",
+            "checkpoint_every",
+            "keep",
+            "keep_every",
+            "skip_limit",
+            "watchdog",
+        )
+        for name in not_negative:
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "must be in [0, 2^31)")
         _require(
-            not self.profile or (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1]),
+            not self.profile or (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1] <= self.steps),
             "train.profile",
             self.profile,
-            "must be none, or the first and the last step",
+            f"must be none, or the first and the last step, up to train.steps={self.steps}",
         )
         _require(
             self.batch_size % self.accumulate == 0,

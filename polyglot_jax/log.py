@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
+from tqdm import tqdm
+
+from polyglot_jax.config import InputError
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
@@ -29,11 +34,14 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
 class Log:
     """Appends rows to a run's log."""
 
-    def __init__(self, run: str | Path, after: int):
+    def __init__(self, run: str | Path, after: int, *, may_fail: bool = False):
         """Go on after step `after`: later rows, left by a run that went further, are dropped.
+
+        may_fail: a row that cannot be written, for want of room say, is warned of, and waits in memory for the next.
 
         0 is a new run: it logs its step 0 itself, whatever one killed before its first checkpoint left.
         """
+        self._may_fail = may_fail
         file = Path(run) / "log.jsonl"
         kept = [row for row in read_log(run) if after and row["step"] <= after]
         temporary = file.with_suffix(".tmp")
@@ -47,18 +55,24 @@ class Log:
         self._event(after + 1 if after else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._event(step, summary=scalar(name, value))
+        try:
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._event(step, summary=scalar(name, value))
+        except OSError as error:
+            if not self._may_fail:
+                raise InputError(f"{self._file.name}: {error.strerror}; the log of step {step} is not whole") from error
+            tqdm.write(f"warning: {self._file.name}: {error.strerror}; training goes on", file=sys.stderr)
 
     def _event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
         self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # of a row that was not written, which was said
+            self._file.close()
+            self._events.close()
 
 
 class NoLog:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import InputError
 from polyglot_jax.data import Batches
 from polyglot_jax.diagnosis import diagnose
-from polyglot_jax.hardware import peak_flops
+from polyglot_jax.hardware import peak_flops, step_flops
 from polyglot_jax.log import Log, NoLog
 from polyglot_jax.optimizer import schedule
 from polyglot_jax.program import Program
@@ -55,13 +57,10 @@ class Reporter:
         self._losses = jax.jit(
             lambda params, batch: (steps.token_losses(program.model, params, batch.tokens) * batch.weights).sum()
         )
-        self._flops = 6 * config.model.parameters()
-        # Causal attention adds 6 L T D a token: 2 products of T x T x D, forward and twice backward, half of it masked.
-        self._attention_flops = 6 * config.model.layers * config.model.embed * config.train.sequence_length
         self._peak, source = peak_flops(config.train.dtype, program.batch.tokens.sharding.mesh.size)
         print(f"MFU is a share of {self._peak / 1e12:.3g} TFLOP/s ({source}), counting 6N FLOPs a token")
         first = start.step if start else 0
-        self._log = Log(out, first) if hosts.is_first() else NoLog()
+        self._log = Log(out, first, may_fail=config.train.if_save_fails == "continue") if hosts.is_first() else NoLog()
         self._progress = tqdm(
             total=config.train.steps, initial=first, desc="training", unit="step", disable=not hosts.is_first()
         )
@@ -76,11 +75,14 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
         self._stop_trace()
         self._progress.close()
         self._log.close()
 
     def _restart_clock(self) -> None:
+        if self._config.train.watchdog:
+            faulthandler.dump_traceback_later(self._config.train.watchdog, file=sys.__stderr__)
         self._timed, self._clock = 0, time.perf_counter()
         self._aside: Counter[str] = Counter()
         self._data_wait = 0.0
@@ -100,12 +102,15 @@ class Reporter:
             self._data_wait += time.perf_counter() - start
             if batch is None:
                 return
-            if hosts.is_first() and self._config.train.profile[:1] == (self._taken + 1,):
+            if hosts.is_first() and not self._is_tracing and self._is_profiled(self._taken + 1):
                 with self.aside("profile"):
                     jax.block_until_ready(self._window)  # steps before it, which may still be running
                     jax.profiler.start_trace(self._out / "profile", create_perfetto_trace=True)
                 self._is_tracing = True
             yield batch
+
+    def _is_profiled(self, step: int) -> bool:
+        return bool(at := self._config.train.profile) and at[0] <= step <= at[1]
 
     def _stop_trace(self) -> None:
         if self._is_tracing:
@@ -133,8 +138,8 @@ class Reporter:
             "learning_rate": float(self._rate(step - 1 - self.skipped)),  # a skipped step moves no schedule
             "skipped": self.skipped,
             "tokens_per_second": speed,
-            "mfu": speed * self._flops / self._peak,
-            "mfu_with_attention": speed * (self._flops + self._attention_flops) / self._peak,
+            "mfu": step_flops(self._config, False) * self._timed / seconds / self._peak,
+            "mfu_with_attention": step_flops(self._config, True) * self._timed / seconds / self._peak,
             "step_seconds": seconds / self._timed,
             "data_wait": self._data_wait / seconds,
         } | {f"{what}_seconds": value for what, value in self._aside.items()}

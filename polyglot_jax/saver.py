@@ -29,6 +29,9 @@ class Saver:
         self._pending: TwoPhases | None = None
 
     def __enter__(self) -> Saver:
+        with hosts.together():
+            if hosts.is_first():
+                checkpoint.prune(self._run, keep=0)  # what a killed process left, nothing else
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

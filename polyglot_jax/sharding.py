@@ -64,14 +64,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.data == -1:
         if len(devices) % fixed:
             raise InputError(
-                f"{_product(others)}: {fixed} does not divide the {len(devices)} devices here; give mesh.data too, or "
+                f"{product(others)}: {fixed} does not divide the {len(devices)} devices here; give mesh.data too, or "
                 f"sizes whose product is {_any_of(divisors(len(devices)))}"
             )
         sizes["data"] = len(devices) // fixed
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise InputError(
-            f"{_product(sizes)}: needs {needed} devices, but {len(devices)} are here ({devices[0].platform}); lower "
+            f"{product(sizes)}: needs {needed} devices, but {len(devices)} are here ({devices[0].platform}); lower "
             "the sizes"
         )
     inner, auto = tuple(sizes[name] for name in MESH_AXES[1:]), (AxisType.Auto,) * len(MESH_AXES)
@@ -101,7 +101,7 @@ def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
     return [in_order[start : start + size] for start in range(0, len(devices), size)]
 
 
-def _product(sizes: dict[str, int]) -> str:
+def product(sizes: dict[str, int]) -> str:
     """mesh.data=2 x mesh.fsdp=4: those above 1, or else the first."""
     given = {name: size for name, size in sizes.items() if size > 1} or dict(list(sizes.items())[:1])
     return " x ".join(f"mesh.{name}={size}" for name, size in given.items())
@@ -131,7 +131,7 @@ def _check_divides(sizes: dict[str, int], name: str, size: int) -> None:
     parts = math.prod(sizes.values())
     if size % parts:
         which = [n for n in divisors(size) if n < 2 * parts]
-        raise InputError(f"{_product(sizes)}: does not divide {name}={size}; {_any_of(which)} would")
+        raise InputError(f"{product(sizes)}: does not divide {name}={size}; {_any_of(which)} would")
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -144,7 +144,7 @@ def check(config: Config, mesh: Mesh) -> None:
         fitting = [n for n in (train.batch_size // step * step, (train.batch_size // step + 1) * step) if n]
         raise InputError(
             f"train.batch_size={train.batch_size}: its {train.accumulate} part(s) of {part} sequences do not divide "
-            f"over {_product(sizes)}; {_any_of(fitting)} would"
+            f"over {product(sizes)}; {_any_of(fitting)} would"
         )
     _check_divides({"sequence": mesh.shape["sequence"]}, "train.sequence_length", train.sequence_length)
 
@@ -214,7 +214,7 @@ def check_split(abstract: Any) -> None:
         if size > WHOLE and leaf.sharding.is_fully_replicated and splitting:
             raise InputError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {leaf.shape}, {size / 2**20:.0f} MB, would "
-                f"be whole on each device of a mesh with {_product(splitting)}; mesh.fsdp splits every matrix"
+                f"be whole on each device of a mesh with {product(splitting)}; mesh.fsdp splits every matrix"
             )
 
 

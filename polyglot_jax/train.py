@@ -52,6 +52,11 @@ _MAY_CHANGE = {
     "train.keep_every",
     "train.if_save_fails",
     "train.skip_limit",
+    "train.watchdog",
+    # Rounding may differ with these, as with the mesh; a run can go on where there is less memory.
+    "train.accumulate",
+    "train.remat",
+    "train.attention",
     "train.profile",
 }
 
@@ -78,7 +83,7 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
         _check_run(config, out, inputs)
         source = _initial_source(config, init, tokenizer) if init and checkpoint.newest(out) is None else None
         program = Program.make(config, mesh)
-    _check_same(config, inputs)
+    _check_same(config, out, inputs)
 
     with contextlib.ExitStack() as stack:
         with hosts.together():
@@ -153,18 +158,20 @@ def _first_state(program: Program, mesh: Mesh, start: Checkpoint | None, source:
 def _check_processes(mesh: Mesh) -> None:
     if jax.process_count() > 1 and mesh.size < jax.device_count():
         raise InputError(
-            f"{' x '.join(f'mesh.{axis}={size}' for axis, size in mesh.shape.items())}: uses {mesh.size} of the "
+            f"{sharding.product(dict(mesh.shape))}: uses {mesh.size} of the "
             f"{jax.device_count()} devices of {jax.process_count()} processes; several processes have to use them all"
         )
 
 
-def _check_same(config: Config, inputs: dict[str, Any]) -> None:
+def _check_same(config: Config, out: Path, inputs: dict[str, Any]) -> None:
     """InputError if a process trains something else than the first. Of all processes."""
-    first = json.loads(hosts.gather(json.dumps([config.to_json(), inputs]))[0])
+    first = json.loads(hosts.gather(json.dumps([config.to_json(), inputs, str(out)]))[0])
     with hosts.together():
         differences = [line for _, line in _differences(Config.from_json(first[0]), config)]
         if first[1] != inputs:
             differences.append(f"token files or --init are {first[1]} there, {inputs} here")
+        if first[2] != str(out):
+            differences.append(f"--out is {first[2]} there, {out} here")
         if differences:
             raise InputError(f"other settings than those of process 0: {'; '.join(differences)}")
 

@@ -327,7 +327,8 @@ def test_what_a_process_lacks_or_has_otherwise_is_said_by_all(corpus, compiled, 
     for change, message in (
         ("--train.seed=1", "other settings than those of process 0: train.seed is 0 there, 1 here"),
         (f"--data.paths={tmp_path / 'none'}", f"data.paths={tmp_path / 'none'}: "),
-        ("--mesh.data=1", "mesh.data=1 x mesh.fsdp=2 x mesh.tensor=1: uses 2 of the 4 devices of 2 processes"),
+        (f"--out={tmp_path / 'other'}", f"other settings than those of process 0: --out is {run} there, "),
+        ("--mesh.data=1", "mesh.fsdp=2: uses 2 of the 4 devices of 2 processes"),
     ):
         common = ["--config", str(file), "--out", str(run)]
         with cluster(tmp_path, compiled, *common, others={1: [change]}) as members:

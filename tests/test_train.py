@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import small_disk
 from runs import EOS, MODEL, bits, make_config, random_corpus, text_corpus, untimed_log, write_corpus
 from tensorboardX.proto.event_pb2 import Event
 
@@ -25,7 +26,7 @@ from polyglot_jax import report, steps
 from polyglot_jax.checkpoint import Checkpoint, newest
 from polyglot_jax.config import InputError, TrainConfig
 from polyglot_jax.data import Batches
-from polyglot_jax.log import read_log
+from polyglot_jax.log import Log, read_log
 from polyglot_jax.model import Transformer, abstract_params
 from polyglot_jax.optimizer import schedule
 from polyglot_jax.program import Program
@@ -252,10 +253,42 @@ def test_the_profiler_traces_the_steps_asked_for(corpus, tmp_path, capfd):
     assert f"trace to {run / 'profile'}" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("profile", [(3,), (0, 2), (4, 3)])
+@pytest.mark.parametrize("profile", [(3,), (0, 2), (4, 3), (3, 102_001)])
 def test_steps_that_cannot_be_traced(profile):
-    with pytest.raises(InputError, match=r"^train\.profile=.*: must be none, or the first and the last step$"):
+    message = r"^train\.profile=.*: must be none, or the first and the last step, up to train\.steps=102000$"
+    with pytest.raises(InputError, match=message):
         TrainConfig(profile=profile)
+
+
+def test_a_step_that_takes_far_too_long_has_every_stack_printed(corpus, tmp_path, monkeypatch, capfd):
+    rows = Batches.rows
+
+    def stuck(self, step, *args):
+        time.sleep(2.5 if step == 2 else 0)
+        return rows(self, step, *args)
+
+    monkeypatch.setattr(Batches, "rows", stuck)
+    train(make_config(corpus, train__steps=4, train__log_every=1, train__watchdog=1), tmp_path / "run")
+    said = capfd.readouterr().err
+    assert "Timeout (0:00:01)!" in said and "in stuck" in said and "in watched" in said
+    time.sleep(1.5)
+    assert "Timeout" not in capfd.readouterr().err  # the run is over
+
+
+def test_a_row_waits_for_room_where_the_run_may_go_on(tmp_path, capfd):
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        log = Log(disk, 0, may_fail=True)
+        log.write(1, loss=1.0)
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(b"x" * 4096):
+                pass
+        for step in range(2, 200):
+            log.write(step, loss=float(step))
+        assert f"warning: {disk / 'log.jsonl'}: No space left on device; training goes on" in capfd.readouterr().err
+        (disk / "filler").unlink()
+        log.write(200, loss=200.0)
+        log.close()
+        assert [row["step"] for row in read_log(disk)] == list(range(1, 201))
 
 
 @pytest.mark.slow
@@ -327,7 +360,6 @@ def test_a_run_that_is_finished_returns_and_touches_nothing(corpus, settings, un
         ("train__batch_size", 4, "train.batch_size is 8 there, 4 here"),
         ("train__sequence_length", 8, "train.sequence_length is 16 there, 8 here"),
         ("train__dtype", "bfloat16", 'train.dtype is "float32" there, "bfloat16" here'),
-        ("train__accumulate", 2, "train.accumulate is 1 there, 2 here"),
     ],
 )
 def test_another_setting_is_refused_on_resuming_by_its_name(corpus, settings, uninterrupted, name, value, line):
