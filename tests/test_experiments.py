@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from experiments import record
 from experiments.baselines import trigram_bits, unigram_bits
 from experiments.pretraining import plan
 from polyglot_jax.config import PRESETS
@@ -78,6 +79,10 @@ def test_a_recipe_is_the_published_run(size):
     train = PRESETS[recipe.preset].train
     assert recipe.name == f"pretrain_{size}"
     assert train.steps * train.batch_size * train.sequence_length == pytest.approx(recipe.tokens, rel=0.06)
-    text = plan(recipe, {})
-    for flags in recipe.meshes.values():
+    estimates = json.loads((record.FOLDER / f"{recipe.name}.json").read_text(encoding="utf-8"))["estimates"]
+    assert {topology: found["flags"] for topology, found in estimates.items()} == recipe.meshes
+    text = plan(recipe, estimates)
+    for topology, flags in recipe.meshes.items():
         assert f"train --preset {recipe.preset} {flags} --data" in text
+        found = estimates[topology]
+        assert found["gib_of_a_chip"] < found["gib_free_on_a_chip"] and f"{found['days']} days on" in text
