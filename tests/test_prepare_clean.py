@@ -23,6 +23,9 @@ from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
 from polyglot_jax.token_files import TokenFile
 from polyglot_jax.tokenizer import Tokenizer, train_tokenizer
 
+# Ray starts its processes by fork, and tests that ran before in this process may have started JAX.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
 WORDS = [
     "바람이",
     "나무를",
