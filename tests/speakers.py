@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import torch
 from models import model_config, random_params, small_tokenizer
 from parity import transformers_model
 from transformers import GPTNeoXConfig, PreTrainedModel
@@ -100,3 +101,24 @@ def tokens_of(lm: LanguageModel, prompts: list[list[int]], eos: int | None = EOS
         ends = [] if eos is None else [eos]
         (made,) = lm._generator.run(lm.params, prompts, SampleConfig(**sample), ends, samples, first)
     return [row.ids for row in made]
+
+
+def their_tokens(
+    model: PreTrainedModel, prompts: list[list[int]], eos: int, count: int, **settings: object
+) -> list[list[int]]:
+    """The tokens that transformers makes greedily after each prompt, alone; ids of padding are never made."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            suppress_tokens=list(range(VALID, 512)),
+            **settings,
+        )
+        rows.append(made[0, len(prompt) :].tolist())
+    return rows

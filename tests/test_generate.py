@@ -11,7 +11,7 @@ import pytest
 import speakers
 import torch
 from models import KOREAN, model_config, off_by, random_params
-from speakers import EOS, VALID, config_of, constant, script, tokenizer, tokens_of
+from speakers import EOS, VALID, config_of, constant, script, their_tokens, tokenizer, tokens_of
 
 import polyglot_jax
 from polyglot_jax import checkpoint
@@ -35,19 +35,7 @@ def test_greedy_tokens_are_those_of_transformers(pair, eos):
     model, lm = pair
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, VALID, length).tolist() for length in (5, 1, 19, 12)]
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=30,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            suppress_tokens=list(range(VALID, 512)),
-        )
-        expected.append(made[0, len(prompt) :].tolist())
+    expected = their_tokens(model, prompts, eos, 30)
     assert tokens_of(lm, prompts, eos, max_new_tokens=30) == expected
     assert [tokens_of(lm, [prompt], eos, max_new_tokens=30)[0] for prompt in prompts] == expected
     assert {len(made) for made in expected} != {1}

@@ -7,7 +7,7 @@ import pytest
 import speakers
 import torch
 from models import KOREAN
-from speakers import EOS, VALID, constant, tokens_of
+from speakers import EOS, VALID, constant, their_tokens, tokens_of
 from transformers import LogitsProcessorList
 from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
@@ -127,20 +127,7 @@ def test_greedy_tokens_with_penalties_are_those_of_transformers(pair, settings):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(4, VALID, length).tolist() for length in (6, 13)]
     theirs = {"no_repeat_ngram_size" if name == "no_repeat_ngram" else name: value for name, value in settings.items()}
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            suppress_tokens=list(range(VALID, 512)),
-            **theirs,
-        )
-        expected.append(made[0, len(prompt) :].tolist())
+    expected = their_tokens(model, prompts, eos, 24, **theirs)
     assert tokens_of(lm, prompts, eos, max_new_tokens=24, **settings) == expected
 
 
