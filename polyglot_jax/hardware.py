@@ -103,6 +103,5 @@ def peak_flops(dtype: str, devices: int) -> tuple[float, str]:
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     reached = 2 * size**3 / min(seconds)
-    return reached * (
-        jax.process_count() if is_cpu else devices
-    ), f"{kind}, measured with a product of {size} x {size} in {dtype}"
+    count = jax.process_count() if is_cpu else devices
+    return reached * count, f"{kind}, measured with a product of {size} x {size} in {dtype}"

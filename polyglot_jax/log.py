@@ -37,9 +37,8 @@ class Log:
     def __init__(self, run: str | Path, after: int, *, may_fail: bool = False):
         """Go on after step `after`: later rows, left by a run that went further, are dropped.
 
-        may_fail: a row that cannot be written, for want of room say, is warned of, and waits in memory for the next.
-
         0 is a new run: it logs its step 0 itself, whatever one killed before its first checkpoint left.
+        may_fail: a row that cannot be written, for want of room say, is warned of, and waits in memory for the next.
         """
         self._may_fail = may_fail
         file = Path(run) / "log.jsonl"
