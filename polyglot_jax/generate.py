@@ -24,6 +24,13 @@ from polyglot_jax.sampling import Counts, Form, Sampling
 CHUNK = 8
 """Most tokens made on the device between two looks at the text."""
 
+MOST_ENDS = 8
+"""Room for ids that end a row."""
+
+# By platform. XLA for TPUs would give a product with one row to its vector units, which take four times as long as
+# reading the weights does.
+_COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_dot_strength_reduction": "false"}}
+
 
 class Made(NamedTuple):
     """What was made after a prompt: its ids; the model's log-probability of each; whether the last one is an end."""
@@ -163,20 +170,46 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Generator:
-    """Jitted generation for one model. replicas: devices that share out the rows."""
+    """Jitted generation for one model. replicas: devices that share out the rows; platform: theirs, None: JAX's own."""
 
     model: Transformer
     config: Config
     replicas: int = 1
+    platform: str | None = None
+
+    @property
+    def _options(self) -> dict[str, str] | None:
+        return _COMPILER_OPTIONS.get(self.platform or jax.default_backend())
 
     @functools.cached_property
     def _start(self) -> Any:
-        return jax.jit(functools.partial(start, self.model), static_argnums=(0, 1, 2))
+        return jax.jit(functools.partial(start, self.model), static_argnums=(0, 1, 2), compiler_options=self._options)
 
     @functools.cached_property
     def _continue(self) -> Any:
         valid = self.config.data.valid_ids or self.config.model.vocab
-        return jax.jit(functools.partial(_continue, self.model, valid), static_argnums=0, donate_argnames="state")
+        return jax.jit(functools.partial(_continue, self.model, valid), static_argnums=0, donate_argnames="state",
+                       compiler_options=self._options)  # fmt: skip
+
+    def compile(self, params: Params, rows: int, slots: int) -> tuple[Any, Decoding]:
+        """The loop as `run` has it for `rows` prompts of a token, compiled from shapes, and the shapes of its state.
+
+        params: shapes with their shardings. Nothing is computed; the state lies as the compiled prefill leaves it.
+        """
+        of_rows, form = functools.partial(jax.ShapeDtypeStruct, (rows,)), Form.of(SampleConfig())
+        number, is_row = jax.ShapeDtypeStruct((), jnp.int32), of_rows(bool)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+        prefill = self._start.lower(slots, 1, form, params, tokens, of_rows(jnp.int32), is_row, key, number).compile()
+        state = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            prefill.out_info, prefill.output_shardings,
+        )  # fmt: skip
+        ends, settings = (
+            jax.ShapeDtypeStruct((MOST_ENDS,), jnp.int32),
+            jax.eval_shape(lambda: Sampling.of(SampleConfig())),
+        )
+        return self._continue.lower(form, params, state, is_row, number, ends, settings).compile(), state
 
     def run(
         self,
@@ -200,7 +233,7 @@ class Generator:
                             jax.random.key(sample.seed), jnp.int32(first))  # fmt: skip
         chunk, limit = 1, 0 if is_over else sample.max_new_tokens
         over = np.zeros(len(batch.tokens) * samples, bool)
-        end_ids = jnp.array([*ends, *[-1] * (8 - len(ends))], jnp.int32)  # of one shape, however many
+        end_ids = jnp.array([*ends, *[-1] * (MOST_ENDS - len(ends))], jnp.int32)  # of one shape, however many
         settings = Sampling.of(sample)
         while True:
             if is_over:
