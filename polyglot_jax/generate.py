@@ -20,6 +20,7 @@ from polyglot_jax import sampling, steps
 from polyglot_jax.config import Config, InputError, SampleConfig
 from polyglot_jax.model import Cache, Params, Transformer, init_cache
 from polyglot_jax.sampling import Counts, Form, Sampling
+from polyglot_jax.sharding import constrain
 
 CHUNK = 8
 """Most tokens made on the device between two looks at the text."""
@@ -66,6 +67,7 @@ def start(
     """Read each prompt once. tokens: int[P, T]; lengths, done: [P]; key: of the seed; first: number of prompt 0."""
     cache = init_cache(model.config, tokens.shape[0], slots, model.dtype)
     logits, cache = steps.prefill(model, params, tokens, lengths, cache)
+    logits = _whole(logits)
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     keys = jax.vmap(fold, in_axes=(0, None))(fold(key, first + jnp.arange(tokens.shape[0])), jnp.arange(samples))
     counts = Counts.of(tokens, lengths, model.config.vocab) if form.counts else None
@@ -76,6 +78,11 @@ def start(
         of_prompt = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), of_prompt)
     *before, logits, counts, cache = of_prompt
     return Decoding(*before, keys.reshape(-1), logits, counts, cache)
+
+
+def _whole(logits: jax.Array) -> jax.Array:
+    """float32[B, V], not split by vocabulary: gathered once, instead of a word exchanged at every step of choosing."""
+    return constrain(logits, "batch", None, layout="decoding")
 
 
 def adjusted(
@@ -111,6 +118,7 @@ def _continue(
         at = jnp.where(goes, positions, slots)
         log_probabilities = state.logits[rows, chosen] - jax.nn.logsumexp(state.logits, axis=-1)
         logits, cache = steps.decode_step(model, params, chosen, at, state.cache)
+        logits = _whole(logits)
         return state._replace(
             tokens=state.tokens.at[rows, at].set(chosen, mode="drop"),
             log_probabilities=state.log_probabilities.at[rows, at].set(log_probabilities, mode="drop"),
