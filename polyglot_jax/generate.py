@@ -81,8 +81,11 @@ def start(
 
 
 def _whole(logits: jax.Array) -> jax.Array:
-    """float32[B, V], not split by vocabulary: gathered once, instead of a word exchanged at every step of choosing."""
-    return constrain(logits, "batch", None, layout="decoding")
+    """float32[B, V], not split by vocabulary: gathered once, instead of a word exchanged at every step of choosing.
+
+    Both layouts are named, else XLA would gather the head's weights.
+    """
+    return constrain(constrain(logits, "batch", "vocab", layout="decoding"), "batch", None, layout="decoding")
 
 
 def adjusted(
