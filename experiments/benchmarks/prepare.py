@@ -89,8 +89,8 @@ def rates(command: PrepareBenchmark, folder: Path) -> dict[str, float]:
     def cleaned() -> Iterator[str]:
         cleaner = Cleaner(CLEANING)
         for text in texts:
-            left, _ = cleaner(text)
-            if left is not None:
+            left, dropped = cleaner(text)
+            if not dropped:
                 yield mask(left, masks, Counter())
         steps.append(cleaner.counts)
 

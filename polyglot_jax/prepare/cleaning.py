@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from polyglot_jax.config import InputError
+from polyglot_jax.prepare.web import is_page, main_text
 
 Step = Callable[[str], str | None]
 
@@ -26,7 +27,7 @@ class CleanConfig:
     """What is cleaned and in which order, what is dropped, and what counts as the same document."""
 
     steps: tuple[str, ...] = (
-        "length", "unicode", "html", "emoticons", "whitespace", "repeats", "spam", "bad_words", "word_length",
+        "html", "length", "unicode", "emoticons", "whitespace", "repeats", "spam", "bad_words", "word_length",
         "symbols", "lines", "korean", "final_length",
     )  # fmt: skip
     """Steps, in order; personal data is masked after them, and then duplicates are found."""
@@ -93,8 +94,8 @@ class Cleaner:
         self.steps = {name: STEPS[name](config) for name in config.steps}
         self.counts = {name: StepCount() for name in self.steps}
 
-    def __call__(self, text: str) -> tuple[str | None, str]:
-        """The cleaned text, or None, and the name of the step that dropped it (else "")."""
+    def __call__(self, text: str) -> tuple[str, str]:
+        """The cleaned text and ""; or the text as it came to the step that dropped it, and that step's name."""
         for name, step in self.steps.items():
             count = self.counts[name]
             start = time.thread_time()
@@ -103,7 +104,7 @@ class Cleaner:
             count.seen += 1
             if result is None:
                 count.dropped += 1
-                return None, name
+                return text, name
             count.changed += result != text
             count.bytes += len(result.encode())
             text = result
@@ -131,8 +132,12 @@ def _unicode(config: CleanConfig) -> Step:
 
 
 def _html(config: CleanConfig) -> Step:
+    extract = main_text()
+
     def step(text: str) -> str:
         if "<" in text:
+            if is_page(text):
+                return extract(text)
             text = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", text)))
         return html.unescape(text) if "&" in text else text
 

@@ -18,10 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
 from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, korean_share
-from polyglot_jax.prepare.corpus import TextCorpus, batches
+from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.personal_data import KINDS, mask
 from polyglot_jax.prepare.readers import ReaderConfig
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
@@ -88,7 +90,7 @@ class Pipeline:
     def _clean(self, rank: int) -> None:
         """One file: its documents cleaned and masked, their signatures, and a report."""
         file = self.files[rank]
-        corpus = TextCorpus(dataclasses.replace(self.reader, text=(str(file),)))
+        corpus = TextCorpus(dataclasses.replace(self.reader, text=(str(file),)), pages=True)
         cleaner = Cleaner(self.cleaning)
         masked: Counter[str] = Counter()
         before, after = Histograms(), Histograms()
@@ -106,8 +108,8 @@ class Pipeline:
                 for text in corpus.documents_of(file, record, lambda size: None):
                     before.add(text)
                     cleaned, step = cleaner(text)
-                    if cleaned is None:
-                        sample(dropped.setdefault(step, []), text)
+                    if step:
+                        sample(dropped.setdefault(step, []), cleaned)
                         continue
                     if self.masks:
                         cleaned = mask(cleaned, self.masks, masked)
@@ -170,9 +172,8 @@ class Pipeline:
         first = next(texts, None)
         if first is not None:
             with TokenFileWriter(folder / str(rank), tokenizer.valid_ids) as writer:
-                for batch in batches(itertools.chain([first], texts)):
-                    for ids in tokenizer.encode_batch(batch):
-                        writer.add_document([*ids, tokenizer.eos_id])
+                for ids in token_ids(itertools.chain([first], texts), tokenizer):
+                    writer.add_document(ids)
         _write_json(folder / f"{rank}.json", report)
 
     def _shown(self, text: str) -> str:
@@ -183,9 +184,8 @@ class Pipeline:
         with open(self.work / "documents" / f"{rank}.jsonl", encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
-    def collect(self, writer: TokenFileWriter, bad_rows: IO[str]) -> Summary:
-        """Write the shards to one pair of token files, the bad rows to one file; returns what all tasks report."""
-        summary = Summary()
+    def collect(self, summary: Summary, bad_rows: IO[str]) -> Iterator[np.ndarray]:
+        """The token ids of every document that is left, in order; the others get what the tasks report."""
         for rank in range(len(self.files)):
             summary.add(*(_read_json(self.work / name / f"{rank}.json") for name in ("documents", "shards")))
             bad_rows.write((self.work / "documents" / f"{rank}.bad").read_text(encoding="utf-8"))
@@ -193,8 +193,7 @@ class Pipeline:
             if prefix.with_name(f"{rank}.idx").exists():
                 shard = TokenFile(prefix)
                 for start, end in zip(shard.document_starts[:-1], shard.document_starts[1:], strict=True):
-                    writer.add_document(shard.tokens[start:end])
-        return summary
+                    yield shard.tokens[start:end]
 
 
 class Histograms:

@@ -1,4 +1,4 @@
-"""One input file as rows: .txt, .jsonl, .csv and .tsv, plain or packed with .gz or .zst, streamed in flat memory.
+"""One input file as rows: .txt, .jsonl, .csv, .tsv, .warc, plain or packed with .gz or .zst, streamed in flat memory.
 
 A row that cannot be used is yielded with its problem, for the caller to count. What makes the rest of a file doubtful
 too (a damaged archive, a quote that is never closed, no such column) is an InputError.
@@ -24,11 +24,13 @@ import zstandard
 
 from polyglot_jax.config import InputError
 
-KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".warc", ".wet", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
+ARCHIVES = (".warc", ".wet")
+"""Kinds that hold pages of the web."""
 DEFAULT_COLUMNS = ("text", "document")
 
-Problem = Literal["encoding", "json", "column", "fields"]
+Problem = Literal["encoding", "json", "column", "fields", "page"]
 
 
 class Row(NamedTuple):
@@ -45,13 +47,15 @@ class ReaderConfig:
     """Which files, and where in them the text is."""
 
     text: tuple[str, ...]
-    """Files or folders (walked in sorted order): .txt, .jsonl, .csv and .tsv, each also as .gz or .zst; .parquet."""
+    """Files or folders (walked in sorted order): .txt, .jsonl, .csv, .tsv, each also as .gz or .zst; .parquet; with
+    --clean also .warc and .wet."""
     column: str | None = None
     """Column of a .csv, .tsv or .parquet, or key of a .jsonl, that holds the text; none: "text", else "document"."""
     txt_documents: Literal["line", "paragraph", "file"] = "line"
     """What is one document in a .txt: a line, a paragraph (up to a blank line), or the whole file."""
     encoding: str = "utf-8"
-    """Encoding of the text, in Python's names: cp949 for old Korean files. A byte order mark is skipped."""
+    """Encoding of the text, in Python's names: cp949 for old Korean files. A byte order mark is skipped. Pages
+    of a .warc say which they are in."""
     quoting: Literal["standard", "none"] = "standard"
     """Whether quotes in a .csv or .tsv enclose fields, or are plain characters and each line is a row."""
 
@@ -204,8 +208,13 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
             stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
         elif path.name.lower().endswith(".zst"):
             stream = stack.enter_context(io.BufferedReader(_Zstd(stream)))
-        lines = stack.enter_context(io.TextIOWrapper(stream, encoding, "surrogateescape", newline))
         try:
+            if kind in ARCHIVES:
+                from polyglot_jax.prepare.web import page_rows
+
+                yield from page_rows(path, stream)
+                return
+            lines = stack.enter_context(io.TextIOWrapper(stream, encoding, "surrogateescape", newline))
             if kind == ".txt":
                 yield from _txt_rows(lines, config.txt_documents)
             elif kind == ".jsonl":
