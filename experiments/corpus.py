@@ -43,12 +43,13 @@ def texts(data: Path) -> Iterator[tuple[str, Iterator[str]]]:
         next(lines)
         yield "reviews", (line.rstrip("\n").split("\t")[-1] for line in lines)
     hate = data / "korean_hate_speech"
-    for name, files in (("comments", "unlabeled/*.txt"), ("titles", "news_title/*.txt")):
-        paths = sorted(hate.glob(files))
-        yield name, (line for path in paths for line in path.read_text(encoding="utf-8").splitlines())
-    for path in sorted(hate.glob("labeled/*.tsv")):
-        rows = path.read_text(encoding="utf-8").splitlines()[1:]
-        yield f"comments_{path.stem}", (row.split("\t")[0] for row in rows)
+    for name, files in (("comments", "unlabeled/*.txt"), ("titles", "news_title/*.txt"), ("labeled", "labeled/*.tsv")):
+        lines = (line for path in sorted(hate.glob(files)) for line in path.read_text(encoding="utf-8").splitlines())
+        # Only the comments that have no labels are not quoted.
+        if name == "comments":  # the only ones without quotes
+            yield name, lines
+        else:
+            yield name, (row[0] for row in csv.reader(lines, delimiter="\t") if row and row[0] != "comments")
     with open(data / "chatbot_data" / "ChatbotData.csv", encoding="utf-8", newline="") as file:
         yield "chat", (f"{row['Q']}\n{row['A']}" for row in csv.DictReader(file))
 

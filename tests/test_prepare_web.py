@@ -9,9 +9,9 @@ import pytest
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig
 from polyglot_jax.prepare.command import PrepareConfig, prepare
-from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
+from polyglot_jax.prepare.readers import LONGEST, ReaderConfig, Source, read_rows
 from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
-from polyglot_jax.prepare.web import DEEPEST, LONGEST, decoded, is_page
+from polyglot_jax.prepare.web import DEEPEST, decoded, is_page
 from polyglot_jax.tokenizer import train_tokenizer
 
 pytest.importorskip("warcio")

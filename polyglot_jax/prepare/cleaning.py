@@ -41,6 +41,8 @@ class CleanConfig:
     """Greatest mean length of the words."""
     max_symbol_words: float = 0.1
     """Greatest share of words that hold an ellipsis or a #."""
+    min_symbol_words: int = 2
+    """Fewer such words are how people write: they are not judged by their share."""
     min_lines: int = 3
     """Fewer lines are no list, and one that ends with an ellipsis is how people write: they are not judged by lines."""
     max_bullet_lines: float = 0.9
@@ -62,7 +64,7 @@ class CleanConfig:
     bucket_hashes: int = 8
     """Hashes in a bucket."""
     samples: int = 5
-    """Documents that the report shows of each file: for each step that drops any, of those kept and of duplicates."""
+    """Documents of each file among which the report chooses its samples: of each step's, those kept and duplicates."""
 
     def __post_init__(self) -> None:
         for name in self.steps:
@@ -102,7 +104,7 @@ class Cleaner:
             result = step(text)
             count.seconds += time.thread_time() - start
             count.seen += 1
-            if result is None:
+            if not result:  # nothing left is dropped too, and by the step that left nothing
                 count.dropped += 1
                 return text, name
             count.changed += result != text
@@ -218,7 +220,8 @@ def _symbols(config: CleanConfig) -> Step:
             return text
         words = text.split()
         marked = sum("…" in word or "..." in word or "#" in word for word in words)
-        return text if marked <= config.max_symbol_words * len(words) else None
+        few = marked < config.min_symbol_words or marked <= config.max_symbol_words * len(words)
+        return text if few else None
 
     return step
 
@@ -286,7 +289,7 @@ _TAGS = (
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _BREAK = re.compile(r"</?(?:br|p|div|li|tr|h[1-6])\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}|([!?.~^])\3{3,}")
+_RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}|([!?.,;~^])\3{3,}")
 _BLANKS = re.compile(r"[^\S\n\t]+")
 _LINE_ENDS = re.compile(r"[ \t]*\n[ \t]*")
 _NEWLINES = re.compile(r"\n{3,}")

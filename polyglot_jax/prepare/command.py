@@ -16,12 +16,12 @@ from typing import Any
 from tokenizers import __version__ as tokenizers_version
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.clean_report import write_report
+from polyglot_jax.prepare.clean_report import Summary, write_report
 from polyglot_jax.prepare.cleaning import CleanConfig
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.folder import result_folder, write_manifest
 from polyglot_jax.prepare.personal_data import mask, replacements
-from polyglot_jax.prepare.pipeline import Pipeline, Summary
+from polyglot_jax.prepare.pipeline import Pipeline
 from polyglot_jax.prepare.readers import ReaderConfig
 from polyglot_jax.token_files import TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
@@ -162,7 +162,7 @@ class _Cleaned:
                 f"text={', '.join(self.config.text)}: no document is left of {summary.total('documents')}; "
                 f"see what the steps of --cleaning.steps drop: {summary.dropped_by()}"
             )
-        write_report(folder / "report.html", summary, writer.documents, writer.tokens)
+        write_report(folder / "report.html", summary, self.pipeline.masks, writer.documents, writer.tokens)
         for damage in summary.damaged:
             print(f"damaged: {damage}", file=sys.stderr)
         print(f"dropped: {summary.dropped_by()}; {summary.totals['removed']:,} duplicates")

@@ -15,7 +15,7 @@ from typing import IO
 from tqdm import tqdm
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.readers import ARCHIVES, ReaderConfig, Row, Source, find_files, kind_of, read_rows
+from polyglot_jax.prepare.readers import ARCHIVES, LONGEST, ReaderConfig, Row, Source, find_files, kind_of, read_rows
 from polyglot_jax.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -28,6 +28,7 @@ REMEDIES = {
     "column": "name the key that holds the text with --column",
     "fields": "pass --quoting none if quotes are plain characters in it, and see that the extension fits the delimiter",
     "page": "see bad_rows.jsonl for all of them",
+    "length": "cut such documents into shorter ones; a .txt is one only with --txt-documents file",
 }
 
 
@@ -142,7 +143,9 @@ class TextCorpus:
         return sum(getattr(count, name) for count in self.counts)
 
     def _checked(self, row: Row) -> Row:
-        """The row with its text in NFC, or with the problem that it cannot be written as UTF-8."""
+        """The row with its text in NFC, or with the problem that it is too long or cannot be written as UTF-8."""
+        if len(row.text) > LONGEST:
+            return Row(row.line, problem="length", reason=f"longer than {LONGEST:,} characters")
         try:
             row.text.encode()
         except UnicodeEncodeError as error:

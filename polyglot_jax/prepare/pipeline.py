@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ import numpy as np
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
-from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, korean_share
+from polyglot_jax.prepare.clean_report import Histograms, Samples, Summary
+from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.personal_data import KINDS, mask
 from polyglot_jax.prepare.readers import ReaderConfig
@@ -32,8 +33,6 @@ from polyglot_jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from polyglot_jax.prepare.duplicates import Duplicates
 
-LENGTHS = [2**power for power in range(1, 21)]
-"""Upper ends of the bins of the histogram of lengths, in characters; the last bin has all that is longer."""
 SHOWN = 300
 """Characters of a sample that are shown."""
 
@@ -94,13 +93,8 @@ class Pipeline:
         cleaner = Cleaner(self.cleaning)
         masked: Counter[str] = Counter()
         before, after = Histograms(), Histograms()
-        dropped: dict[str, list[str]] = {}
-        kept: list[str] = []
+        samples: defaultdict[str, Samples] = defaultdict(lambda: Samples(self.cleaning.samples, self._shown))
         damage = ""
-
-        def sample(texts: list[str], text: str) -> None:
-            if len(texts) < self.cleaning.samples:
-                texts.append(self._shown(text))
 
         def documents() -> Iterator[str]:
             nonlocal damage
@@ -109,12 +103,12 @@ class Pipeline:
                     before.add(text)
                     cleaned, step = cleaner(text)
                     if step:
-                        sample(dropped.setdefault(step, []), cleaned)
+                        samples[step].add(cleaned)
                         continue
                     if self.masks:
                         cleaned = mask(cleaned, self.masks, masked)
                     after.add(cleaned)
-                    sample(kept, cleaned)
+                    samples[""].add(cleaned)
                     out.write(json.dumps(cleaned, ensure_ascii=False) + "\n")
                     yield cleaned
             except InputError as error:  # of this file: what was read of it stays, the others go on
@@ -139,8 +133,7 @@ class Pipeline:
             "masked": masked,
             "before": before.counts,
             "after": after.counts,
-            "dropped": dropped,
-            "kept": kept,
+            "samples": {step: texts.least for step, texts in samples.items()},
         }
         _write_json(folder / f"{rank}.json", report)
 
@@ -194,59 +187,6 @@ class Pipeline:
                 shard = TokenFile(prefix)
                 for start, end in zip(shard.document_starts[:-1], shard.document_starts[1:], strict=True):
                     yield shard.tokens[start:end]
-
-
-class Histograms:
-    """Documents by length (LENGTHS) and by Korean share (tenths)."""
-
-    def __init__(self) -> None:
-        self.counts = {"length": [0] * (len(LENGTHS) + 1), "korean": [0] * 10}
-
-    def add(self, text: str) -> None:
-        self.counts["length"][min(max((len(text) - 1).bit_length() - 1, 0), len(LENGTHS))] += 1
-        self.counts["korean"][min(int(10 * korean_share(text)), 9)] += 1
-
-
-class Summary:
-    """The reports of all tasks added up, with samples and the greatest clusters of duplicates."""
-
-    def __init__(self) -> None:
-        self.inputs: list[dict[str, Any]] = []
-        self.damaged: list[str] = []
-        self.totals: Counter[str] = Counter()
-        self.masked: Counter[str] = Counter()
-        self.steps: dict[str, dict[str, float]] = {}
-        self.histograms: dict[str, dict[str, list[int]]] = {}
-        self.dropped: dict[str, list[str]] = {}
-        self.kept: list[str] = []
-        self.top: list[tuple[int, str]] = []
-
-    def add(self, cleaned: dict[str, Any], tokenised: dict[str, Any]) -> None:
-        self.inputs.append(cleaned["input"])
-        self.damaged += [cleaned["damage"]] if cleaned["damage"] else []
-        self.totals.update({key: tokenised[key] for key in ("removed", "characters", "utf8_bytes")})
-        self.masked.update(cleaned["masked"])
-        for name, counts in cleaned["steps"].items():
-            total = self.steps.setdefault(name, dict.fromkeys(counts, 0))
-            for key, value in counts.items():
-                total[key] += value
-        for when in ("before", "after"):
-            for name, counts in cleaned[when].items():
-                total = self.histograms.setdefault(when, {}).setdefault(name, [0] * len(counts))
-                total[:] = map(sum, zip(total, counts, strict=True))
-        for name, texts in cleaned["dropped"].items():
-            self.dropped.setdefault(name, []).extend(texts)
-        self.kept += cleaned["kept"]
-        self.top = sorted([*self.top, *((-size, text) for size, text in tokenised["top"])], reverse=True)[:20]
-
-    def dropped_by(self) -> str:
-        """Which steps dropped how many documents, in words."""
-        drops = {name: int(counts["dropped"]) for name, counts in self.steps.items() if counts["dropped"]}
-        return ", ".join(f"{name} {count:,}" for name, count in drops.items()) or "nothing"
-
-    def total(self, name: str) -> int:
-        """Sum over the files of one field of FileCount."""
-        return sum(counts[name] for counts in self.inputs)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

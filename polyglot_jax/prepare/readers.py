@@ -28,9 +28,11 @@ KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".warc", ".wet", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 ARCHIVES = (".warc", ".wet")
 """Kinds that hold pages of the web."""
+LONGEST = 1 << 24
+"""Characters of a document, or bytes of a page, above which a row is bad: the tokenizer takes 200 bytes for each."""
 DEFAULT_COLUMNS = ("text", "document")
 
-Problem = Literal["encoding", "json", "column", "fields", "page"]
+Problem = Literal["encoding", "json", "column", "fields", "page", "length"]
 
 
 class Row(NamedTuple):
@@ -229,17 +231,21 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
 
 def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
     if documents == "file":
-        yield Row(1, lines.read())
+        yield Row(1, lines.read(LONGEST + 1))
+        while lines.read(LONGEST):  # for the hash
+            pass
     elif documents == "line":
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_bounded(lines), 1):
             yield Row(number, line.rstrip("\n"))
     else:
         paragraph: list[str] = []
-        start = 1
-        for number, line in enumerate(lines, 1):
+        start, length = 1, 0
+        for number, line in enumerate(_bounded(lines), 1):
             if line.strip():
-                start = start if paragraph else number
-                paragraph.append(line)
+                start, length = (start, length) if paragraph else (number, 0)
+                if length <= LONGEST:
+                    paragraph.append(line)
+                    length += len(line)
             elif paragraph:
                 yield Row(start, "".join(paragraph).rstrip("\n"))
                 paragraph = []
@@ -247,11 +253,23 @@ def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
             yield Row(start, "".join(paragraph).rstrip("\n"))
 
 
+def _bounded(lines: IO[str]) -> Iterator[str]:
+    """The lines; of one that is longer than LONGEST only so much that this can be seen."""
+    while line := lines.readline(LONGEST + 1):
+        rest = line
+        while len(rest) > LONGEST and not rest.endswith("\n"):
+            rest = lines.readline(LONGEST + 1)
+        yield line
+
+
 def _jsonl_rows(lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_bounded(lines), 1):
         if not line.strip():
             yield Row(number)
+            continue
+        if len(line) > LONGEST:
+            yield Row(number, line)
             continue
         try:
             value = json.loads(line)
@@ -302,7 +320,7 @@ def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, l
     within 20. With one column there is only the cap of 1,000 lines.
     """
     # The module's limit of 131,072 characters would refuse long documents.
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(LONGEST)
     begins, width = 1, 0
 
     def watched() -> Iterator[str]:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.readers import Row
+from polyglot_jax.prepare.readers import LONGEST, Row
 
-LONGEST = 1 << 24
-"""Bytes of a page that is read; a longer one is a bad row."""
 DEEPEST = 1000
 """Elements of a kind inside each other, above which Resiliparse's time, which grows with their square, is seconds."""
 _DECLARED = re.compile(rb"<meta[^<>]*?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
@@ -62,7 +60,7 @@ def page_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
                 yield Row(number, problem="page", reason=f"{address}: cannot be unpacked from {packing!r} ({error})")
                 continue
             if len(page) > LONGEST:
-                yield Row(number, problem="page", reason=f"{address}: longer than {LONGEST:,} bytes")
+                yield Row(number, problem="length", reason=f"{address}: longer than {LONGEST:,} bytes")
                 continue
             if record.raw_stream.limit > 0:
                 raise EOFError("the last record is cut off")
