@@ -30,7 +30,7 @@ from convert.meter import Meter
 from experiments import record
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
 from polyglot_jax.prepare.command import PrepareConfig, prepare
-from polyglot_jax.prepare.corpus import batches
+from polyglot_jax.prepare.corpus import batches, token_ids
 from polyglot_jax.prepare.duplicates import Duplicates
 from polyglot_jax.prepare.personal_data import mask, replacements
 from polyglot_jax.token_files import TokenFileWriter
@@ -95,9 +95,8 @@ def rates(command: PrepareBenchmark, folder: Path) -> dict[str, float]:
 
     def to_files(source: list[str] | Iterator[str]) -> None:
         with TokenFileWriter(folder / "tokens", tokenizer.valid_ids) as writer:
-            for batch in batches(source):
-                for ids in tokenizer.encode_batch(batch):
-                    writer.add_document([*ids, tokenizer.eos_id])
+            for ids in token_ids(source, tokenizer):
+                writer.add_document(ids)
 
     def cleaned() -> Iterator[str]:
         cleaner = Cleaner(CLEANING)

@@ -128,7 +128,8 @@ class _Plain:
                 yield ids
                 number, tokens = number + 1, tokens + len(ids)
                 if number % 1000 == 0:
-                    bar.set_postfix_str(f"{number:,} docs, {tokens / (time.monotonic() - start):,.0f} tokens/s")
+                    speed = tokens / (time.monotonic() - start)
+                    bar.set_postfix_str(f"{number:,} docs, {speed:,.0f} tokens/s", refresh=False)
 
     def counts(self, folder: Path, writer: TokenFileWriter) -> dict[str, Any]:
         """What the manifest says of the documents, once they are written."""
