@@ -300,20 +300,32 @@ def test_a_long_row_of_a_jsonl_is_not_taken_for_damage(run, tmp_path):
     assert bad_rows(tmp_path / "out")[0]["reason"] == "longer than 16,777,216 characters"
 
 
+def memory(file, tokenizer, out):
+    """Most MiB that `prepare` takes over a file, as a command."""
+    command = [sys.executable, "-m", "polyglot_jax", "prepare", "--text", file, "--tokenizer", tokenizer, "--out", out]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
 @pytest.mark.slow
 def test_a_line_of_200_mb_takes_no_memory(tmp_path, tokenizer):
-    """More of it would be half a GB of characters, and ten of the tokenizer's."""
+    """Whole, it would be half a GB of characters, and ten of the tokenizer's."""
     with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
         file.writelines("말 그대로 " * 1000 for _ in range(15_000))
         file.write("\n둘\n")
     assert (tmp_path / "a.txt").stat().st_size > 200e6
-    command = [sys.executable, "-m", "polyglot_jax", "prepare", "--text", tmp_path / "a.txt", "--tokenizer", tokenizer,
-               "--out", tmp_path / "out"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, process.returncode, usage = os.wait4(process.pid, 0)
-    assert process.returncode == 0 and documents(tmp_path / "out") == ["둘"]
-    assert bad_rows(tmp_path / "out")[0]["line"] == 1
-    assert usage.ru_maxrss < 400 * 1024
+    assert memory(tmp_path / "a.txt", tokenizer, tmp_path / "out") < 400
+    assert documents(tmp_path / "out") == ["둘"] and bad_rows(tmp_path / "out")[0]["line"] == 1
+
+
+@pytest.mark.slow
+def test_a_million_tiny_documents(tmp_path, tokenizer):
+    with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
+        file.writelines(f"말 {k}\n" for k in range(1_000_000))
+    assert memory(tmp_path / "a.txt", tokenizer, tmp_path / "out") < 400
+    assert len(TokenFile(tmp_path / "out" / "text_document").sizes) == 1_000_000
 
 
 def test_a_bad_key_of_another_encoding_is_recorded(run, tmp_path):
