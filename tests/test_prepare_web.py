@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 import time
 
 import pytest
@@ -186,6 +187,22 @@ def test_only_cleaning_reads_archives(tmp_path):
     (tmp_path / "a.warc").write_bytes(record(NEWS))
     with pytest.raises(InputError, match=r"a\.warc: holds pages, not text; only `prepare --clean`"):
         make_tokenizer(TokenizerConfig(text=(str(tmp_path),), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("name, module", [("a.warc", "warcio.archiveiterator"), ("a.parquet", "pyarrow")])
+def test_a_missing_library_is_no_damage(tmp_path, monkeypatch, name, module):
+    pytest.importorskip("datatrove")
+    pytest.importorskip("ftfy")
+    (tmp_path / "t.json").write_text(train_tokenizer([NEWS] * 2, 280, show_progress=False).to_json(), encoding="utf-8")
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.txt").write_text("산 아래 작은 마을에 봄이 왔다. " * 9, encoding="utf-8")
+    files = (str(tmp_path / name), str(tmp_path / "b.txt"))
+    monkeypatch.setitem(sys.modules, module, None)
+    config = PrepareConfig(text=files, tokenizer=str(tmp_path / "t.json"), out=str(tmp_path / "out"), clean=True)
+    with pytest.raises(
+        InputError, match=rf"{name}: .* needs? {module.split('.')[0]}; pip install -r requirements-corpus"
+    ):
+        prepare(config)
 
 
 def test_a_body_that_cannot_be_unpacked_costs_no_other(tmp_path):

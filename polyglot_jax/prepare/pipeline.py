@@ -26,7 +26,7 @@ from polyglot_jax.prepare.clean_report import Histograms, Samples, Summary
 from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.personal_data import KINDS, mask
-from polyglot_jax.prepare.readers import ReaderConfig
+from polyglot_jax.prepare.readers import MissingLibrary, ReaderConfig
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
 
@@ -111,6 +111,8 @@ class Pipeline:
                     samples[""].add(cleaned)
                     out.write(json.dumps(cleaned, ensure_ascii=False) + "\n")
                     yield cleaned
+            except MissingLibrary:
+                raise
             except InputError as error:  # of this file: what was read of it stays, the others go on
                 damage = str(error)
 

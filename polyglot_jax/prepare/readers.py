@@ -35,6 +35,10 @@ DEFAULT_COLUMNS = ("text", "document")
 Problem = Literal["encoding", "json", "column", "fields", "page", "length"]
 
 
+class MissingLibrary(InputError):
+    """What reads a kind of file is not installed: no fault of the file's."""
+
+
 class Row(NamedTuple):
     """One row of a file: its text or, where that cannot be had, the kind of problem and the reason in words."""
 

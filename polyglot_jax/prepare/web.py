@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.readers import LONGEST, Row
+from polyglot_jax.prepare.readers import LONGEST, MissingLibrary, Row
 
 DEEPEST = 1000
 """Elements of a kind inside each other, above which Resiliparse's time, which grows with their square, is seconds."""
@@ -37,7 +37,7 @@ def page_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
     except ImportError as error:
-        raise InputError(f"{path}: web archives need warcio; pip install -r requirements-corpus.txt") from error
+        raise MissingLibrary(f"{path}: web archives need warcio; pip install -r requirements-corpus.txt") from error
     try:
         for number, record in enumerate(ArchiveIterator(stream), 1):
             if record.format != "warc":  # it takes any line of five words for the older format's head
