@@ -290,6 +290,14 @@ def test_bad_files_and_rows_are_told_and_cost_no_others(clean, tmp_path):
     assert manifest["cleaning"]["steps"]["length"]["dropped"] == 1
 
 
+def test_the_tasks_of_a_process_share_one_tokenizer(clean, tmp_path, monkeypatch):
+    """Each that has encoded keeps some memory for good, so that it would grow with the number of files."""
+    used, encode = [], Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: used.append(self) or encode(self, texts))
+    clean(*(write(tmp_path / f"{k}.jsonl", story(k)) for k in range(3)))
+    assert len(used) == 3 and len(set(map(id, used))) == 1
+
+
 def test_nothing_left_says_what_dropped_it(clean, tmp_path):
     with pytest.raises(InputError, match=r"no document is left of 2; .*length 2"):
         clean(write(tmp_path / "a.jsonl", "하나", "둘"))

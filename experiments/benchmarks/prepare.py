@@ -207,10 +207,10 @@ def main(command: PrepareBenchmark) -> None:
             "by_size": (measured := against_size(command, folder)),
             "furthest_from_a_line": round(plot(measured, record.FOLDER / "benchmark_prepare.png"), 3),
         }
-    sizes = " ".join(map(str, command.sizes))
+    flags = f"--megabytes {command.megabytes} --sizes {' '.join(map(str, command.sizes))}"
     path = record.write(
         "benchmark_prepare", "prepare --clean: rates of one core, planted duplicates, time and memory against size",
-        f"RAYON_NUM_THREADS=1 python -m experiments.benchmarks.prepare --tokenizer {command.tokenizer} --sizes {sizes}",
+        f"RAYON_NUM_THREADS=1 python -m experiments.benchmarks.prepare --tokenizer {command.tokenizer} {flags}",
         ("tokenizers", "datatrove", "ftfy"), numbers,
     )  # fmt: skip
     print(json.dumps(numbers, indent=1), path)
