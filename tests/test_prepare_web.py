@@ -75,8 +75,9 @@ def test_pages_are_read_and_other_records_left_out(tmp_path):
         record(gzip.compress(BOARD.encode()), http=packed),
         record(chunked, http=f"Content-Type: {HTML}\r\nTransfer-Encoding: chunked\r\n"),
         record("이미 글인 것", "conversion"),
+        record(gzip.compress(BOARD.encode()) + b"\0" * 100_000, http=packed),
     ]
-    found = [(3, NEWS), (6, BOARD), (7, BOARD), (8, "이미 글인 것")]
+    found = [(3, NEWS), (6, BOARD), (7, BOARD), (8, "이미 글인 것"), (9, BOARD)]
     for name, data in (
         ("a.warc", b"".join(content)),
         ("a.warc.gz", b"".join(map(gzip.compress, content))),  # a member for each record, as crawlers write them

@@ -62,6 +62,8 @@ def page_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
             if len(page) > LONGEST:
                 yield Row(number, problem="length", reason=f"{address}: longer than {LONGEST:,} bytes")
                 continue
+            while record.raw_stream.read(1 << 16):  # what stands after the end of a packed body
+                pass
             if record.raw_stream.limit > 0:
                 raise EOFError("the last record is cut off")
             text = decoded(page, declared)
