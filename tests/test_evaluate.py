@@ -464,6 +464,29 @@ def test_an_interrupted_evaluation_goes_on(record, path, files, tmp_path, monkey
     assert f"error: {out}: exists" in capsys.readouterr().err
 
 
+def test_a_quick_look_says_so_and_is_not_taken_for_the_whole(record, path, files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    with monkeypatch.context() as patches:
+        patches.setattr(polyglot_jax.evaluate.command, "_print", lambda *_: sys.exit(9))  # stopped before it is written
+        with pytest.raises(SystemExit):
+            evaluate(path, files, out, "--limit", "2")
+    assert (tmp_path / "out.json.partial").is_file()
+    # The whole takes nothing over from the part, and the part has the prompts that its documents have in the whole.
+    assert evaluate(path, files, out) == 0
+    assert "only the first" not in capsys.readouterr().out
+    assert_same(json.loads(out.read_text(encoding="utf-8")), record)
+    assert evaluate(path, files, out, "--limit", "2", "--overwrite") == 0
+    assert "### COPA (macro-F1, only the first 2 of 3 documents)" in capsys.readouterr().out
+    part = json.loads(out.read_text(encoding="utf-8"))
+    assert part["settings"]["limit"] == 2
+    for task, cells in part["documents"].items():
+        for shots, documents in cells.items():
+            found = part["results"][task][shots]
+            assert (found["documents"], found["of"], len(documents)) == (2, 3, 2)
+            for ours, theirs in zip(documents, record["documents"][task][shots][:2], strict=True):
+                np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
+
+
 def test_the_table(evaluated, path):
     record, printed = evaluated
     cell = record["results"]["kobest_copa"]["2"]
@@ -478,7 +501,7 @@ def test_the_table(evaluated, path):
 def test_the_table_beside_what_was_published():
     from polyglot_jax.evaluate.report import markdown
 
-    cell = {"macro_f1": 0.7201, "macro_f1_low": 0.69, "macro_f1_high": 0.75}
+    cell = {"macro_f1": 0.7201, "macro_f1_low": 0.69, "macro_f1_high": 0.75, "documents": 1000, "of": 1000}
     table = markdown({"kobest_copa": {"0": cell, "3": cell}}, "mine", 1_331_810_304, "polyglot-ko-1.3b")
     assert table.splitlines()[-3:] == [
         "| mine | 1.3B | 0.7201 [0.690, 0.750] | 0.7201 [0.690, 0.750] |",
@@ -527,6 +550,8 @@ def test_bad_input_is_one_line(path, files, capsys, arguments, message):
         (("--tasks", "kobest_copa", "--shots", "0;5"), "shots=0;5: must be numbers with commas"),
         (("--tasks", "kobest_copa", "--batch-size", "0"), "batch_size=0: must be at least 1"),
         (("--text", "a.txt", "--stride", "0"), "stride=0: must be at least 1"),
+        (("--tasks", "kobest_copa", "--limit", "0"), "limit=0: must be at least 1"),
+        (("--text", "a.txt", "--limit", "5"), "limit=5: there are no --tasks that it could limit"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(capsys, arguments, message):
