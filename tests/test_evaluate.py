@@ -69,7 +69,8 @@ def test_the_folder_above_is_found_too(files, tmp_path):
             "line 3: Answer='3' is not understood; it is one of 1, 2",
         ),
         (1, "1\t눈이 내렸다.\t이유\t길이.\t꽃이.\t1", "line 2: question='이유' is not understood"),
-        (3, "3\t \t원인\t추웠다.\t더웠다.\t1", "line 4: sentence is empty"),
+        (3, "3\t \t원인\t추웠다.\t더웠다.\t1", "line 4: sentence is empty; take the file as KoBEST has it"),
+        (1, '1\t"눈이 내렸다.\t결과\t길이.\t꽃이.\t1', "line 2: a quoted cell begins here and ends in line 4; take"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, text, message):
@@ -85,10 +86,18 @@ def test_a_bad_line_is_named(tmp_path, line, text, message):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     folder = kobest.write(tmp_path)
     (folder / "WiC" / "train.tsv").unlink()
-    with pytest.raises(InputError, match=r"WiC/train\.tsv: cannot be read \(No such file"):
+    with pytest.raises(
+        InputError, match=r"WiC/train\.tsv: cannot be read \(No such file .* BoolQ/test\.tsv .* --data$"
+    ):
         data.read(str(folder), "kobest_wic", "train")
-    (folder / "WiC" / "test.tsv").write_bytes("ID\t눈".encode("cp949"))
-    with pytest.raises(InputError, match=r"WiC/test\.tsv: is not UTF-8"):
+    (folder / "WiC" / "test.tsv").write_bytes(b"ID\tTarget\n" + "1\t눈".encode("cp949"))
+    with pytest.raises(InputError, match=r"WiC/test\.tsv: line 2: is not UTF-8"):
+        data.read(str(folder), "kobest_wic", "test")
+    (folder / "WiC" / "test.tsv").write_text("\t".join(kobest.ROWS["WiC"][0]) + "\n")
+    with pytest.raises(InputError, match=r"WiC/test\.tsv: holds no documents"):
+        data.read(str(folder), "kobest_wic", "test")
+    (folder / "WiC" / "test.tsv").write_text("ID\t" + "x" * 2**18)
+    with pytest.raises(InputError, match=r"WiC/test\.tsv: line 1: field larger than field limit"):
         data.read(str(folder), "kobest_wic", "test")
 
 
@@ -530,7 +539,7 @@ def test_near_ties_are_listed(path, files, tmp_path, lm):
     ("arguments", "message"),
     [
         (("--tasks", "kobest_copa", "--shots", "4"), "shots=4: there are only 3 training documents of COPA"),
-        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--text", "nowhere.txt"), "text=nowhere.txt: no such file or folder"),
     ],
 )
 def test_bad_input_is_one_line(path, files, capsys, arguments, message):

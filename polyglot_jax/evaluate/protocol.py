@@ -37,7 +37,9 @@ def make_prompts(
 ) -> list[Prompt]:
     """The prompts of `tests`, in their order, each with `shots` examples drawn from `train`."""
     if shots > len(train):
-        raise InputError(f"shots={shots}: there are only {len(train)} training documents of {task.folder}")
+        raise InputError(
+            f"shots={shots}: there are only {len(train)} training documents of {task.folder}; ask for fewer"
+        )
     generator = random.Random(SEEDS[protocol])
     order = list(range(len(tests)))
     if protocol == "branch":
