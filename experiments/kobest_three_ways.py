@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.kobest_three_ways --checkpoint runs/nsmc/run --data KoBEST_datarepo/v1.0
 Needs:     pip install -r requirements-harness.txt; the 10M model that experiments/nsmc.py leaves, or any other
-Time:      about 40 minutes on 2 cores; stopped at any moment, the same command goes on
+Time:      about 35 minutes of CPU time; stopped at any moment, the same command goes on
 Expected:  at 0 and 5 shots the same choice for each of 4,561 documents, and equal metrics in every cell. Documents with
            two choices within 1e-4 are listed, and alone may be chosen otherwise. What came out is in
            records/kobest_three_ways.json, and as a table in kobest_three_ways.md
