@@ -62,13 +62,21 @@ class GenerateCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileCommand:
-    """Compile a training step for TPUs that are not here; print an estimate of its memory, time and utilisation.
+    """Compile a training or decode step for TPUs that are not here; print an estimate of memory, time and utilisation.
 
     Needs requirements-tpu.txt. Exit status 1 when the step does not fit.
     """
 
     topology: str
     """Chip and size: v5e:16x16, v5p:4x8x8."""
+    mode: Literal["train", "decode"] = "train"
+    """decode: a step of generate's loop, in bfloat16; with mesh.data -1 all chips share heads and hidden layer."""
+    batch_size: int = 1
+    """For decode: rows, prompts times samples."""
+    slots: int | None = None
+    """For decode: positions the cache has room for, all read at every step; none: model.context."""
+    quantize: Literal["int8"] | None = None
+    """For decode: weights in a byte each."""
     preset: _PresetName = "tiny"
     """The recipe to start from."""
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
@@ -107,6 +115,13 @@ def _train(arguments: Sequence[str]) -> None:
 def _compile(arguments: Sequence[str]) -> None:
     default = CompileCommand(topology=tyro.MISSING, config=_base(arguments))
     command = tyro.cli(CompileCommand, args=arguments, prog="python -m polyglot_jax compile", default=default)
+    if command.mode == "decode":
+        from polyglot_jax.compile.decode import Decode, compile_decode
+
+        slots = command.config.model.context if command.slots is None else command.slots
+        decode = Decode(command.batch_size, slots, command.quantize)
+        compile_decode(command.config, command.topology, decode, command.dump_hlo, command.json)
+        return
     from polyglot_jax.compile.command import compile_step
 
     compile_step(command.config, command.topology, command.dump_hlo, command.json)
@@ -201,7 +216,7 @@ VERBS: Verbs = {
     "generate": (_generate, "continue prompts"),
     "evaluate": (_evaluate, "score a model on KoBEST, and texts by bits per byte"),
     "explain": (_explain, "where each tensor lies on a mesh, and what the devices exchange"),
-    "compile": (_compile, "estimate memory and speed of a training step on TPUs that are not here"),
+    "compile": (_compile, "estimate memory and speed of a training or decode step on TPUs that are not here"),
 }
 
 

@@ -20,9 +20,17 @@ from polyglot_jax import sampling, steps
 from polyglot_jax.config import Config, InputError, SampleConfig
 from polyglot_jax.model import Cache, Params, Transformer, init_cache
 from polyglot_jax.sampling import Counts, Form, Sampling
+from polyglot_jax.sharding import constrain
 
 CHUNK = 8
 """Most tokens made on the device between two looks at the text."""
+
+MOST_ENDS = 8
+"""Room for ids that end a row."""
+
+# By platform. XLA for TPUs would give a product with one row to its vector units, which take four times as long as
+# reading the weights does.
+_COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_dot_strength_reduction": "false"}}
 
 
 class Made(NamedTuple):
@@ -59,6 +67,7 @@ def start(
     """Read each prompt once. tokens: int[P, T]; lengths, done: [P]; key: of the seed; first: number of prompt 0."""
     cache = init_cache(model.config, tokens.shape[0], slots, model.dtype)
     logits, cache = steps.prefill(model, params, tokens, lengths, cache)
+    logits = _whole(logits)
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     keys = jax.vmap(fold, in_axes=(0, None))(fold(key, first + jnp.arange(tokens.shape[0])), jnp.arange(samples))
     counts = Counts.of(tokens, lengths, model.config.vocab) if form.counts else None
@@ -69,6 +78,14 @@ def start(
         of_prompt = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), of_prompt)
     *before, logits, counts, cache = of_prompt
     return Decoding(*before, keys.reshape(-1), logits, counts, cache)
+
+
+def _whole(logits: jax.Array) -> jax.Array:
+    """float32[B, V], not split by vocabulary: gathered once, instead of a word exchanged at every step of choosing.
+
+    Both layouts are named, else XLA would gather the head's weights.
+    """
+    return constrain(constrain(logits, "batch", "vocab", layout="decoding"), "batch", None, layout="decoding")
 
 
 def adjusted(
@@ -104,6 +121,7 @@ def _continue(
         at = jnp.where(goes, positions, slots)
         log_probabilities = state.logits[rows, chosen] - jax.nn.logsumexp(state.logits, axis=-1)
         logits, cache = steps.decode_step(model, params, chosen, at, state.cache)
+        logits = _whole(logits)
         return state._replace(
             tokens=state.tokens.at[rows, at].set(chosen, mode="drop"),
             log_probabilities=state.log_probabilities.at[rows, at].set(log_probabilities, mode="drop"),
@@ -163,20 +181,46 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Generator:
-    """Jitted generation for one model. replicas: devices that share out the rows."""
+    """Jitted generation for one model. replicas: devices that share out the rows; platform: theirs, None: JAX's own."""
 
     model: Transformer
     config: Config
     replicas: int = 1
+    platform: str | None = None
+
+    @property
+    def _options(self) -> dict[str, str] | None:
+        return _COMPILER_OPTIONS.get(self.platform or jax.default_backend())
 
     @functools.cached_property
     def _start(self) -> Any:
-        return jax.jit(functools.partial(start, self.model), static_argnums=(0, 1, 2))
+        return jax.jit(functools.partial(start, self.model), static_argnums=(0, 1, 2), compiler_options=self._options)
 
     @functools.cached_property
     def _continue(self) -> Any:
         valid = self.config.data.valid_ids or self.config.model.vocab
-        return jax.jit(functools.partial(_continue, self.model, valid), static_argnums=0, donate_argnames="state")
+        return jax.jit(functools.partial(_continue, self.model, valid), static_argnums=0, donate_argnames="state",
+                       compiler_options=self._options)  # fmt: skip
+
+    def compile(self, params: Params, rows: int, slots: int) -> tuple[Any, Decoding]:
+        """The loop as `run` has it for `rows` prompts of a token, compiled from shapes, and the shapes of its state.
+
+        params: shapes with their shardings. Nothing is computed; the state lies as the compiled prefill leaves it.
+        """
+        of_rows, form = functools.partial(jax.ShapeDtypeStruct, (rows,)), Form.of(SampleConfig())
+        number, is_row = jax.ShapeDtypeStruct((), jnp.int32), of_rows(bool)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+        prefill = self._start.lower(slots, 1, form, params, tokens, of_rows(jnp.int32), is_row, key, number).compile()
+        state = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            prefill.out_info, prefill.output_shardings,
+        )  # fmt: skip
+        ends, settings = (
+            jax.ShapeDtypeStruct((MOST_ENDS,), jnp.int32),
+            jax.eval_shape(lambda: Sampling.of(SampleConfig())),
+        )
+        return self._continue.lower(form, params, state, is_row, number, ends, settings).compile(), state
 
     def run(
         self,
@@ -200,7 +244,7 @@ class Generator:
                             jax.random.key(sample.seed), jnp.int32(first))  # fmt: skip
         chunk, limit = 1, 0 if is_over else sample.max_new_tokens
         over = np.zeros(len(batch.tokens) * samples, bool)
-        end_ids = jnp.array([*ends, *[-1] * (8 - len(ends))], jnp.int32)  # of one shape, however many
+        end_ids = jnp.array([*ends, *[-1] * (MOST_ENDS - len(ends))], jnp.int32)  # of one shape, however many
         settings = Sampling.of(sample)
         while True:
             if is_over:

@@ -22,10 +22,11 @@ import numpy as np
 from flax import struct
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import layout as memory
 
 from polyglot_jax import attention, quantise
 from polyglot_jax.config import ModelConfig
-from polyglot_jax.sharding import Layout, constrain
+from polyglot_jax.sharding import Layout, constrain, on_each
 
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
@@ -44,6 +45,9 @@ REMAT: dict[str, Any] = {
     "products": _keep(NORM, attention.QUERY_KEY, attention.VALUE, attention.OUTPUT, MLP_HIDDEN),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+_SLOTS = ("batch", "attention_heads", None, "head_dim")
+"""The axes of a layer's cache, [B, H, S, K]."""
 
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
@@ -199,9 +203,9 @@ class Attention(_Part):
             # Weights are made by reading one token, which not every kernel takes.
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
-            slots = ("batch", "attention_heads", None, "head_dim")
             cache = {
-                name: self.constrain(_stored(cache[name], new, positions), *slots) for name, new in (("k", k), ("v", v))
+                name: self.constrain(_stored(cache[name], new, positions), *_SLOTS)
+                for name, new in (("k", k), ("v", v))
             }
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
         y = self.constrain(self.constrain(y, *whole), *part)
@@ -209,10 +213,28 @@ class Attention(_Part):
         return linear(inputs=("heads", "head_dim"), outputs=("embed",), std=std, name="out")(y), cache
 
 
-@jax.vmap
 def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """[B, H, S, K] with `new`, [B, T, H, K], in the slots `positions`, int[B, T]; a slot that is not there is none."""
-    return slots.at[:, positions].set(new.swapaxes(0, 1).astype(slots.dtype), mode="drop")
+    new = new.swapaxes(1, 2).astype(slots.dtype)
+    if new.shape[2] > 1:
+        return _scattered(slots, new, positions)
+    return jax.lax.platform_dependent(slots, new, positions, tpu=_row_by_row, default=_scattered)
+
+
+@jax.vmap
+def _scattered(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    return slots.at[:, positions].set(new, mode="drop")
+
+
+def _row_by_row(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """For one token a row; beyond the last slot it takes the last, which is right for rows that are over.
+
+    XLA for TPUs turns the whole cache round for a scatter, and for this too unless told not to.
+    """
+    for row in range(len(slots)):
+        slots = jax.lax.dynamic_update_slice(slots, new[row : row + 1], (row, 0, positions[row, 0], 0))
+    as_named = memory.Layout((0, 1, 2, 3))
+    return on_each(lambda x: memory.with_layout_constraint(x, as_named), slots, *_SLOTS, layout="decoding")
 
 
 class MLP(_Part):
@@ -395,6 +417,6 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache
 
     def zeros() -> jax.Array:
         zeros = jnp.zeros((batch, config.heads, slots, config.head_dim), dtype)
-        return constrain(zeros, "batch", "attention_heads", None, "head_dim", layout="decoding")
+        return constrain(zeros, *_SLOTS, layout="decoding")
 
     return tuple({"k": zeros(), "v": zeros()} for _ in range(config.layers))

@@ -139,5 +139,5 @@ def _fewer_activations(program: Program) -> list[str]:
             f"{2 * train.accumulate} (1/{sequence} of a sequence at a time on a device)"
         )
     if train.batch_size > replicas * train.accumulate:
-        found.append(f"--train.batch-size {replicas * train.accumulate}, the least for this mesh")
+        found.append(f"--train.batch-size {replicas * train.accumulate}, the least for this mesh (of a new run)")
     return found

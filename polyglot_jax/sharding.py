@@ -7,7 +7,7 @@ training and in decoding. An axis name that the table does not hold raises (Flax
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -225,3 +225,14 @@ def constrain(x: jax.Array, *axes: str | None, layout: Layout = "training") -> j
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, layout))
+
+
+def on_each(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None, layout: Layout = "training"
+) -> jax.Array:
+    """`function` of each device's part of `x`, split by its axis names; of the whole without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(x)
+    where = spec(axes, x.shape, mesh, layout)
+    return jax.shard_map(function, in_specs=where, out_specs=where, check_vma=False)(x)

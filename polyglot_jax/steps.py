@@ -110,8 +110,8 @@ def gradients(model: Transformer, params: Params, batch: Batch, parts: int) -> t
 
     The parts' sums are added and divided by the whole batch's weight, so a part with fewer tokens weighs less.
     """
-    total = batch.weights.sum()
-    part_gradient = jax.value_and_grad(lambda params, part: loss_sum(model, params, part) / total)
+    batch = batch._replace(weights=batch.weights / batch.weights.sum())
+    part_gradient = jax.value_and_grad(functools.partial(loss_sum, model))
     if parts == 1:
         return part_gradient(params, batch)
 

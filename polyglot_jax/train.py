@@ -79,7 +79,7 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
         _check_processes(mesh)
         sharding.check(config, mesh)
         batches = Batches(config)
-        inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": str(init) if init else None}
+        inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": _named(init)}
         _check_run(config, out, inputs)
         source = _initial_source(config, init, tokenizer) if init and checkpoint.newest(out) is None else None
         program = Program.make(config, mesh)
@@ -163,6 +163,13 @@ def _check_processes(mesh: Mesh) -> None:
         )
 
 
+def _named(init: str | Path | None) -> str | None:
+    """--init as it is compared when the run goes on: a folder by its place, however it was written; else a hub name."""
+    if init is None:
+        return None
+    return str(Path(init).resolve() if Path(init).exists() else init)
+
+
 def _check_same(config: Config, out: Path, inputs: dict[str, Any]) -> None:
     """InputError if a process trains something else than the first. Of all processes."""
     first = json.loads(hosts.gather(json.dumps([config.to_json(), inputs, str(out)]))[0])
@@ -189,6 +196,7 @@ def _check_run(config: Config, out: Path, inputs: dict[str, Any]) -> None:
     differences = [line for name, line in _differences(old, config) if not {name, name.split(".")[0]} & _MAY_CHANGE]
     if before["corpora"] != inputs["corpora"]:
         differences.append(f"the token files in {', '.join(config.data.paths)} are not those it began with")
+    before["init"] = _named(before["init"])
     if inputs["init"] not in (None, before["init"]):
         differences.append(f"--init is {before['init']} there, {inputs['init']} here")
     if differences:

@@ -41,6 +41,21 @@ def interpreted(q, k, v):
     return attention.splash(q, k, v, interpret=True)
 
 
+@pytest.mark.parametrize("length", [2, 3, 5, 13, 64])
+def test_quarters_of_the_queries_agree_with_the_formula(length):
+    qkv = some_heads(length, 3, 16)
+    ours = value_and_gradients(attention.causal, *qkv)
+    assert off_by(ours[0], plain(*qkv)) < 1e-6
+    # And their gradients with those of all queries at once.
+    positions = jnp.broadcast_to(jnp.arange(length), (2, length))
+
+    def whole(q, k, v):
+        return attention.cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions)
+
+    for name, mine, theirs in zip(("y", "dq", "dk", "dv"), ours, value_and_gradients(whole, *qkv), strict=True):
+        assert off_by(mine, theirs) < 1e-6, name
+
+
 # A block alone, several blocks (of which some are skipped), and the heads of 256 of the 5.8B model.
 @pytest.mark.parametrize("length, heads, head_dim", [(128, 2, 128), (640, 1, 128), (256, 1, 256)])
 def test_splash_agrees_with_the_formula_and_its_gradients_with_xla(length, heads, head_dim):

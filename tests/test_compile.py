@@ -199,7 +199,24 @@ def test_collectives_cost_the_bytes_on_their_busiest_link(line, size, link_bytes
     found = collective(line)
     assert (found.times, found.bytes, found.overlaps) == (6, size, False)
     assert found.link_bytes == pytest.approx(size * link_bytes)
-    assert found.seconds == pytest.approx(found.link_bytes / 45e9)
+
+
+@pytest.mark.parametrize(
+    "kind, groups, hops",
+    [
+        ("all-reduce", "replica_groups=[1,256]<=[256]", 2 * (8 + 8)),  # half of each ring, there and back
+        ("all-gather", "replica_groups=[1,256]<=[256]", 8 + 8),
+        ("all-reduce", "replica_groups=[16,16]<=[256]", 2 * 8),
+        ("all-reduce", "replica_groups=[128,2]<=[256]", 2),
+        ("collective-permute", "source_target_pairs={{0,1},{1,0}}", 1),
+    ],
+)
+def test_a_collective_takes_its_bytes_or_its_hops(kind, groups, hops):
+    small, large = (
+        collective(f"%b = bf16[{size}] bitcast(%x)\n  %g = bf16[{size}] {kind}(%b), {groups}") for size in (8, 1 << 26)
+    )
+    assert small.seconds == pytest.approx(hops * 1e-6)
+    assert large.seconds == pytest.approx(large.link_bytes / 45e9)
 
 
 def test_an_axis_that_is_no_ring_has_one_link():

@@ -5,17 +5,23 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 import tyro
 import zstandard
+from conftest import ROOT
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import corpus
 from polyglot_jax.prepare.command import PrepareConfig, prepare
+from polyglot_jax.prepare.corpus import TextCorpus
+from polyglot_jax.prepare.readers import LONGEST, ReaderConfig
 from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer, train_tokenizer
@@ -268,6 +274,58 @@ def test_a_bad_paragraph_is_named_by_its_first_line(run, tmp_path):
     file.write_bytes("하나\n둘\n\n\n셋\n".encode() + b"\xff\n\n" + "넷\n".encode())
     assert run(file, txt_documents="paragraph")[1] == ["하나\n둘", "넷"]
     assert bad_rows(tmp_path / "out") == [{"file": str(file), "line": 5, "reason": "byte 0xff is not utf-8"}]
+
+
+@pytest.mark.parametrize("documents", ["line", "paragraph", "file"])
+def test_a_document_too_long_for_the_memory_is_a_bad_row(run, tmp_path, documents):
+    long, file = "말 " * (LONGEST // 2), tmp_path / "a.txt"
+    file.write_text(f"하나\n\n{long}끝\n\n둘\n\n{long}\n", encoding="utf-8")  # the second is just short enough
+    if documents == "file":
+        with pytest.raises(
+            InputError, match=r"1 of 1 rows are bad, such as line 1 \(longer than 16,777,216 characters"
+        ):
+            run(file, txt_documents=documents)
+        return
+    corpus = TextCorpus(ReaderConfig(text=(str(file),), txt_documents=documents))
+    assert [len(text) for text in corpus.documents(tmp_path / "bad.jsonl", lambda size: None)] == [2, 1, LONGEST]
+    assert corpus.counts[0].sha256 == sha256(file)
+    row = json.loads((tmp_path / "bad.jsonl").read_text(encoding="utf-8"))
+    assert (row["line"], row["reason"]) == (3, "longer than 16,777,216 characters")
+
+
+def test_a_long_row_of_a_jsonl_is_not_taken_for_damage(run, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(JSONL + json.dumps({"text": "말" * LONGEST}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert run(file)[1] == TEXTS
+    assert bad_rows(tmp_path / "out")[0]["reason"] == "longer than 16,777,216 characters"
+
+
+def memory(file, tokenizer, out):
+    """Most MiB that `prepare` takes over a file, as a command."""
+    command = [sys.executable, "-m", "polyglot_jax", "prepare", "--text", file, "--tokenizer", tokenizer, "--out", out]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
+@pytest.mark.slow
+def test_a_line_of_200_mb_takes_no_memory(tmp_path, tokenizer):
+    """Whole, it would be half a GB of characters, and ten of the tokenizer's."""
+    with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
+        file.writelines("말 그대로 " * 1000 for _ in range(15_000))
+        file.write("\n둘\n")
+    assert (tmp_path / "a.txt").stat().st_size > 200e6
+    assert memory(tmp_path / "a.txt", tokenizer, tmp_path / "out") < 400
+    assert documents(tmp_path / "out") == ["둘"] and bad_rows(tmp_path / "out")[0]["line"] == 1
+
+
+@pytest.mark.slow
+def test_a_million_tiny_documents(tmp_path, tokenizer):
+    with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
+        file.writelines(f"말 {k}\n" for k in range(1_000_000))
+    assert memory(tmp_path / "a.txt", tokenizer, tmp_path / "out") < 400
+    assert len(TokenFile(tmp_path / "out" / "text_document").sizes) == 1_000_000
 
 
 def test_a_bad_key_of_another_encoding_is_recorded(run, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from disks import remount, small_disk
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
+from polyglot_jax.prepare.clean_report import Samples
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
@@ -74,8 +76,9 @@ def step(name, **settings):
         ("word_length", "가 나 다", None),
         ("word_length", "가나다 라마바", "가나다 라마바"),
         ("symbols", "가 나 다 라 마 바 사 아 자 차...", "가 나 다 라 마 바 사 아 자 차..."),
-        ("symbols", "가 나 다 라 마 바 사 아 자...", None),
-        ("emoticons", "와.......... 정말!!!!! ^^ ...", "와... 정말!!! ^^ ..."),
+        ("symbols", "가 나 다 라 마 바 사 아 자...", "가 나 다 라 마 바 사 아 자..."),
+        ("symbols", "가 나 다… 라 마 바 사 아 자...", None),
+        ("emoticons", "와.......... 정말!!!!! ^^ ... 뭐,,,,, ;;;;;", "와... 정말!!! ^^ ... 뭐,,, ;;;"),
         ("lines", "* 가\n· 나\n• 다", None),
         ("lines", "* 가\n나\n* 다", "* 가\n나\n* 다"),
         ("lines", "가…\n나\n다…", None),
@@ -85,6 +88,8 @@ def step(name, **settings):
     ],
 )
 def test_steps(name, text, result):
+    if name == "html":
+        pytest.importorskip("resiliparse")
     assert step(name)(text) == result
 
 
@@ -113,12 +118,23 @@ def test_the_order_is_the_config_s_and_counts_add_up():
     texts = ["ㅋㅋㅋㅋㅋㅋ", "가나다라마바", "가나다라마바ㅋㅋㅋㅋ"]
     for steps, dropped in (("length emoticons", 0), ("emoticons length", 1)):
         cleaner = Cleaner(CleanConfig(steps=tuple(steps.split()), min_length=6))
-        left = [text for text, _ in map(cleaner, texts) if text is not None]
+        left = [text for text, dropped in map(cleaner, texts) if not dropped]
         assert list(cleaner.counts) == steps.split() and len(left) == 3 - dropped
         assert cleaner.counts["length"].dropped == dropped and cleaner.counts["emoticons"].changed == 2
         first, last = cleaner.counts.values()
         assert first.seen == 3 and last.seen == 3 - first.dropped
         assert last.bytes == sum(len(text.encode()) for text in left)
+
+
+def test_the_step_that_leaves_nothing_has_dropped_it():
+    cleaner = Cleaner(CleanConfig(steps=("spam", "whitespace", "word_length")))
+    advert = "클린봇이 부적절한 표현을 감지한 댓글입니다."
+    assert [cleaner(text) for text in (advert, " \n", "가나다")] == [
+        (advert, "spam"),
+        (" \n", "whitespace"),
+        ("가나다", ""),
+    ]
+    assert [count.dropped for count in cleaner.counts.values()] == [1, 1, 0]
 
 
 def test_settings_that_make_no_sense():
@@ -175,6 +191,7 @@ def clean(tmp_path, tokenizer):
     """clean(*files, **settings) -> (folder, manifest, texts)."""
     pytest.importorskip("datatrove")
     pytest.importorskip("ftfy")
+    pytest.importorskip("resiliparse")
 
     def clean(*files, out="out", workers=1, masks=True, **settings):
         config = PrepareConfig(
@@ -223,8 +240,25 @@ def test_the_manifest_adds_up_and_the_report_hides_personal_data(clean, tmp_path
     assert cleaning["steps"]["html"]["changed"] == 1 and manifest["personal_data"]["tel"]["count"] == 1
     assert manifest["utf8_bytes"] == sum(len(text.encode()) for text in texts) + len("<|tel|>")
     page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "1 dropped by length, such as</h2>\n<ul><li>짧다</ul>" in page and "1 tel: &lt;|tel|&gt;" in page
     assert "3 of 5 documents" in page and "&lt;|tel|&gt;" in page and "1234" not in page
     assert not (tmp_path / "out.work").exists()
+
+
+def test_samples_come_from_anywhere_and_are_the_same_in_any_order():
+    texts = [story(k) for k in range(500)]
+    found = []
+    for order in (texts, texts[::-1], [*texts, *texts]):
+        samples = Samples(20, lambda text: text[:10])
+        for text in order:
+            samples.add(text)
+        found.append(samples.least)
+    assert found[0] == found[1] == found[2] and len(found[0]) == 20
+    places = [k for k, text in enumerate(texts) if [zlib.crc32(text.encode()), text[:10]] in found[0]]
+    assert min(places) < 100 and max(places) > 400
+    none = Samples(0, str)
+    none.add("가")
+    assert none.least == []
 
 
 def test_the_report_hides_personal_data_even_where_the_result_does_not(clean, tmp_path):
@@ -254,6 +288,14 @@ def test_bad_files_and_rows_are_told_and_cost_no_others(clean, tmp_path):
     rows = [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [f"{Path(row['file']).name} {row['line']}" for row in rows] == ["d.txt 1", "d.txt 2", "d.txt 3", "f.jsonl 2"]
     assert manifest["cleaning"]["steps"]["length"]["dropped"] == 1
+
+
+def test_the_tasks_of_a_process_share_one_tokenizer(clean, tmp_path, monkeypatch):
+    """Each that has encoded keeps some memory for good, so that it would grow with the number of files."""
+    used, encode = [], Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: used.append(self) or encode(self, texts))
+    clean(*(write(tmp_path / f"{k}.jsonl", story(k)) for k in range(3)))
+    assert len(used) == 3 and len(set(map(id, used))) == 1
 
 
 def test_nothing_left_says_what_dropped_it(clean, tmp_path):

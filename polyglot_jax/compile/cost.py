@@ -22,15 +22,17 @@ from polyglot_jax.hardware import Chip
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                 "collective-broadcast")  # fmt: skip
 # These make no work of their own, or none but what the instruction that ends them is waited for.
-_FREE = {
+FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
     "domain", "add-dependency", "optimization-barrier", "copy-done", "slice-done", "async-done", "send", "send-done",
     "recv", "recv-done",
 } | {f"{kind}-done" for kind in _COLLECTIVES}  # fmt: skip
-_FREE_CALLS = {
+FREE_CALLS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
     "GatherScatterIndicesBitpacked", "Sharding", "SliceId", "SPMDFullToShardShape", "SPMDShardToFullShape", "ZeroCrop",
 }  # fmt: skip
+HOP = 1e-6
+"""Seconds from a chip to its neighbour, however little is sent: assumed, of the order published for TPUs."""
 # What tells a transfer to other slices from another; a send and its recv have the same.
 _RENDEZVOUS = "_xla_host_transfer_rendezvous"
 
@@ -150,7 +152,7 @@ class Estimator:
                 found = self._between_slices(received, times, (cost.busy - covering) / times)
                 covering += times * found.covered
                 cost.collectives.append(found)
-            cost.add(self._instruction(computation, it, times))
+            cost.add(self.instruction(computation, it, times))
         return cost
 
     def _between_slices(self, it: Instruction, times: int, meanwhile: float) -> Collective:
@@ -163,7 +165,7 @@ class Estimator:
         return Collective(it.name, "all-reduce between slices", it.op_name, times, size, self._slices, passed, seconds,
                           overlaps=False, covered=min(seconds, meanwhile))  # fmt: skip
 
-    def _instruction(self, scope: Computation, it: Instruction, times: int) -> Cost:
+    def instruction(self, scope: Computation, it: Instruction, times: int) -> Cost:
         if it.opcode == "while":
             trips = trip_count(self._program, scope, it)
             cost = Cost(loops={it.name: trips})
@@ -184,11 +186,11 @@ class Estimator:
         cost = Cost(collectives=[collective for collective in found if collective is not None])
         if it.opcode in ("copy-start", "slice-start"):
             cost.copies = times * 2 * min(shape.bytes for shape in it.shapes[:2]) / self._chip.bandwidth
-        elif it.opcode == "custom-call" and it.attribute("custom_call_target") not in _FREE_CALLS:
+        elif it.opcode == "custom-call" and it.attribute("custom_call_target") not in FREE_CALLS:
             cost.kernels.append(self._kernel(scope, it, times))
         elif it.cycles is not None:
             cost.compute = times * it.cycles / self._chip.clock
-        elif not found and it.opcode not in _FREE and it.opcode != "custom-call":
+        elif not found and it.opcode not in FREE and it.opcode != "custom-call":
             cost.moved = times * (it.bytes + scope.operand_bytes(it)) / self._chip.bandwidth
         return cost
 
@@ -223,8 +225,20 @@ class Estimator:
         size = made if kind == "all-gather" else operands
         groups = replica_groups(it, len(self._coordinates))
         link_bytes = self._on_busiest_link(kind, size, groups)
-        return Collective(it.name, kind, it.op_name, times, size, groups.shape[1], link_bytes,
-                          link_bytes / self._chip.link, overlaps)  # fmt: skip
+        seconds = max(link_bytes / self._chip.link, self._hops(kind, groups) * HOP)
+        return Collective(it.name, kind, it.op_name, times, size, groups.shape[1], link_bytes, seconds, overlaps)
+
+    def _hops(self, kind: str, groups: np.ndarray) -> int:
+        """Links passed one after the other: along each axis to the chip farthest off; for a sum, there and back."""
+        torus = self._coordinates.max(0) + 1
+        places = self._coordinates[groups[0]]
+        if kind == "collective-permute":
+            return 1
+        far = 0
+        for axis in range(len(torus)):
+            length = int(places[:, axis].max() - places[:, axis].min())
+            far += torus[axis] // 2 if length == torus[axis] - 1 and torus[axis] % self._chip.wraps == 0 else length
+        return far * (2 if kind == "all-reduce" else 1)
 
     def _on_busiest_link(self, kind: str, size: int, groups: np.ndarray) -> float:
         """Bytes that the busiest link carries in one direction.

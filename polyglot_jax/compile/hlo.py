@@ -13,7 +13,9 @@ from typing import NamedTuple
 from polyglot_jax.config import InputError
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^}]*))?\})?")
+_TILE = re.compile(r"\bT\(([0-9,]+)\)")
+_SPACE = re.compile(r"\bS\(([0-9]+)\)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.-]+) = ")
 _OPCODE = re.compile(r" *([a-z][\w-]*)\(")
@@ -22,13 +24,37 @@ _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations|true
 
 
 class Shape(NamedTuple):
+    """Of an array. order: its dimensions from the one that varies fastest; tile: what the first of them, the slowest of
+    these first, are filled up to in memory; space: 0 is the device's main memory, others are on the chip."""
+
     dtype: str
     dims: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    space: int = 0
+
+    @classmethod
+    def of(cls, dtype: str, dims: str, order: str, layout: str) -> Shape:
+        """From the parts of s32[8,128]{1,0:T(8,128)S(1)}."""
+        tile, space = _TILE.search(layout), _SPACE.search(layout)
+        return cls(dtype, _integers(dims), _integers(order), _integers(tile[1] if tile else ""),
+                   int(space[1]) if space else 0)  # fmt: skip
 
     @property
     def bytes(self) -> int:
-        bits = _BITS.get(self.dtype) or int(re.match(r"[a-z]+([0-9]+)|$", self.dtype)[1] or 0)
-        return -(-math.prod(self.dims) * bits // 8)
+        return -(-math.prod(self.dims) * self._bits // 8)
+
+    @property
+    def held(self) -> int:
+        """Bytes with what fills tiles up."""
+        dims = list(self.dims)
+        for size, place in zip(reversed(self.tile), self.order, strict=False):
+            dims[place] = -(-dims[place] // size) * size
+        return -(-math.prod(dims) * self._bits // 8)
+
+    @property
+    def _bits(self) -> int:
+        return _BITS.get(self.dtype) or int(re.match(r"[a-z]+([0-9]+)|$", self.dtype)[1] or 0)
 
 
 @dataclass(frozen=True)
@@ -129,10 +155,12 @@ def _instruction(name: str, rest: str) -> Instruction:
     close = _closing(rest, opcode.end() - 1)
     operands = re.sub(r"/\*.*?\*/", "", rest[opcode.end() : close - 1])
     words = tuple(word.split()[-1].lstrip("%") for word in _split(operands) if word.strip())
-    shapes = tuple(
-        Shape(kind, tuple(int(size) for size in dims.split(",") if size)) for kind, dims in _ARRAY.findall(rest[:end])
-    )
+    shapes = tuple(Shape.of(*found) for found in _ARRAY.findall(rest[:end]))
     return Instruction(name, opcode[1], shapes, words, rest[close:])
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
 
 
 def _closing(text: str, start: int) -> int:

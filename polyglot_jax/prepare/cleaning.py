@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from polyglot_jax.config import InputError
+from polyglot_jax.prepare.web import is_page, main_text
 
 Step = Callable[[str], str | None]
 
@@ -26,7 +27,7 @@ class CleanConfig:
     """What is cleaned and in which order, what is dropped, and what counts as the same document."""
 
     steps: tuple[str, ...] = (
-        "length", "unicode", "html", "emoticons", "whitespace", "repeats", "spam", "bad_words", "word_length",
+        "html", "length", "unicode", "emoticons", "whitespace", "repeats", "spam", "bad_words", "word_length",
         "symbols", "lines", "korean", "final_length",
     )  # fmt: skip
     """Steps, in order; personal data is masked after them, and then duplicates are found."""
@@ -40,6 +41,8 @@ class CleanConfig:
     """Greatest mean length of the words."""
     max_symbol_words: float = 0.1
     """Greatest share of words that hold an ellipsis or a #."""
+    min_symbol_words: int = 2
+    """Fewer such words are how people write: they are not judged by their share."""
     min_lines: int = 3
     """Fewer lines are no list, and one that ends with an ellipsis is how people write: they are not judged by lines."""
     max_bullet_lines: float = 0.9
@@ -61,7 +64,7 @@ class CleanConfig:
     bucket_hashes: int = 8
     """Hashes in a bucket."""
     samples: int = 5
-    """Documents that the report shows of each file: for each step that drops any, of those kept and of duplicates."""
+    """Documents of each file among which the report chooses its samples: of each step's, those kept and duplicates."""
 
     def __post_init__(self) -> None:
         for name in self.steps:
@@ -93,17 +96,17 @@ class Cleaner:
         self.steps = {name: STEPS[name](config) for name in config.steps}
         self.counts = {name: StepCount() for name in self.steps}
 
-    def __call__(self, text: str) -> tuple[str | None, str]:
-        """The cleaned text, or None, and the name of the step that dropped it (else "")."""
+    def __call__(self, text: str) -> tuple[str, str]:
+        """The cleaned text and ""; or the text as it came to the step that dropped it, and that step's name."""
         for name, step in self.steps.items():
             count = self.counts[name]
             start = time.thread_time()
             result = step(text)
             count.seconds += time.thread_time() - start
             count.seen += 1
-            if result is None:
+            if not result:  # nothing left is dropped too, and by the step that left nothing
                 count.dropped += 1
-                return None, name
+                return text, name
             count.changed += result != text
             count.bytes += len(result.encode())
             text = result
@@ -131,8 +134,12 @@ def _unicode(config: CleanConfig) -> Step:
 
 
 def _html(config: CleanConfig) -> Step:
+    extract = main_text()
+
     def step(text: str) -> str:
         if "<" in text:
+            if is_page(text):
+                return extract(text)
             text = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", text)))
         return html.unescape(text) if "&" in text else text
 
@@ -213,7 +220,8 @@ def _symbols(config: CleanConfig) -> Step:
             return text
         words = text.split()
         marked = sum("…" in word or "..." in word or "#" in word for word in words)
-        return text if marked <= config.max_symbol_words * len(words) else None
+        few = marked < config.min_symbol_words or marked <= config.max_symbol_words * len(words)
+        return text if few else None
 
     return step
 
@@ -281,7 +289,7 @@ _TAGS = (
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _BREAK = re.compile(r"</?(?:br|p|div|li|tr|h[1-6])\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}|([!?.~^])\3{3,}")
+_RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}|([!?.,;~^])\3{3,}")
 _BLANKS = re.compile(r"[^\S\n\t]+")
 _LINE_ENDS = re.compile(r"[ \t]*\n[ \t]*")
 _NEWLINES = re.compile(r"\n{3,}")

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 from tokenizers import __version__ as tokenizers_version
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.clean_report import write_report
+from polyglot_jax.prepare.clean_report import Summary, write_report
 from polyglot_jax.prepare.cleaning import CleanConfig
-from polyglot_jax.prepare.corpus import TextCorpus, batches
+from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.folder import result_folder, write_manifest
 from polyglot_jax.prepare.personal_data import mask, replacements
 from polyglot_jax.prepare.pipeline import Pipeline
@@ -66,12 +67,16 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     the same bytes. Raises InputError for bad input, and then leaves `out` as it was.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
-    corpus = TextCorpus(config)
+    corpus = TextCorpus(config, pages=config.clean)
     masks = replacements(tokenizer.vocabulary) if config.mask_personal_data else {}
-    make = _cleaned if config.clean else _plain
+    source = (_Cleaned if config.clean else _Plain)(config, corpus, tokenizer, masks)
     with result_folder(config.out, config.overwrite, corpus.files) as folder:
         with TokenFileWriter(folder / NAME, tokenizer.valid_ids) as writer:
-            counts = make(config, corpus, tokenizer, masks, folder, writer)
+            for ids in source.documents(folder):
+                writer.add_document(ids)
+            counts = source.counts(folder, writer)
+        masked = counts["personal_data"]
+        counts["personal_data"] = {kind: {"mask": masks[kind], "count": masked[kind]} for kind in masks}
         (folder / "tokenizer.json").write_bytes(tokenizer.to_json().encode())
         settings = dataclasses.asdict(config)
         # Where the result lies is not what it is, nor who made it: two runs give the same bytes.
@@ -98,94 +103,93 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         f"{config.out}: {writer.documents:,} documents, {writer.tokens:,} tokens; "
         f"left out: {manifest['bad_rows']:,} bad rows, {manifest['empty_rows']:,} empty ones"
     )
-    if config.clean:
-        dropped = {name: step["dropped"] for name, step in counts["cleaning"]["steps"].items() if step["dropped"]}
-        print("dropped: " + ", ".join(f"{count:,} {name}" for name, count in dropped.items()))
     if masks:
-        print(
-            "masked: " + ", ".join(f"{entry['count']:,} {entry['mask']}" for entry in counts["personal_data"].values())
-        )
+        entries = manifest["personal_data"].values()
+        print("masked: " + ", ".join(f"{entry['count']:,} {entry['mask']}" for entry in entries))
     return manifest
 
 
-def _plain(
-    config: PrepareConfig,
-    corpus: TextCorpus,
-    tokenizer: Tokenizer,
-    masks: dict[str, str],
-    folder: Path,
-    writer: TokenFileWriter,
-) -> dict[str, Any]:
-    """Every document, in this process; returns what the manifest says of it."""
-    start = time.monotonic()
-    masked: Counter[str] = Counter()
-    with corpus.bar() as bar:
-        documents = corpus.documents(folder / "bad_rows.jsonl", bar.update)
-        if masks:
-            documents = (mask(text, masks, masked) for text in documents)
-        for batch in batches(documents):
-            for ids in tokenizer.encode_batch(batch):
-                writer.add_document([*ids, tokenizer.eos_id])
-            speed = writer.tokens / (time.monotonic() - start)
-            bar.set_postfix_str(f"{writer.documents:,} docs, {speed:,.0f} tokens/s")
-    names = ("characters", "utf8_bytes", "bad_rows", "empty_rows")
-    return {name: corpus.total(name) for name in names} | {
-        "personal_data": _masked(masks, masked),
-        "inputs": [dataclasses.asdict(count) for count in corpus.counts],
-    }
+class _Plain:
+    """Every document, in this process."""
+
+    def __init__(self, config: PrepareConfig, corpus: TextCorpus, tokenizer: Tokenizer, masks: dict[str, str]) -> None:
+        self.corpus, self.tokenizer, self.masks = corpus, tokenizer, masks
+        self.masked: Counter[str] = Counter()
+
+    def documents(self, folder: Path) -> Iterator[Sequence[int]]:
+        """Token ids of each document; rows that cannot be used are written to bad_rows.jsonl in `folder`."""
+        start = time.monotonic()
+        number = tokens = 0
+        with self.corpus.bar() as bar:
+            texts = self.corpus.documents(folder / "bad_rows.jsonl", bar.update)
+            if self.masks:
+                texts = (mask(text, self.masks, self.masked) for text in texts)
+            for ids in token_ids(texts, self.tokenizer):
+                yield ids
+                number, tokens = number + 1, tokens + len(ids)
+                if number % 1000 == 0:
+                    speed = tokens / (time.monotonic() - start)
+                    bar.set_postfix_str(f"{number:,} docs, {speed:,.0f} tokens/s", refresh=False)
+
+    def counts(self, folder: Path, writer: TokenFileWriter) -> dict[str, Any]:
+        """What the manifest says of the documents, once they are written."""
+        names = ("characters", "utf8_bytes", "bad_rows", "empty_rows")
+        return {name: self.corpus.total(name) for name in names} | {
+            "personal_data": self.masked,
+            "inputs": [dataclasses.asdict(count) for count in self.corpus.counts],
+        }
 
 
-def _cleaned(
-    config: PrepareConfig,
-    corpus: TextCorpus,
-    tokenizer: Tokenizer,
-    masks: dict[str, str],
-    folder: Path,
-    writer: TokenFileWriter,
-) -> dict[str, Any]:
-    """What the pipeline leaves; beside the token files its report is written."""
-    reader = ReaderConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ReaderConfig)})
-    pipeline = Pipeline(reader, config.cleaning, tuple(corpus.files), config.tokenizer, _work(config), masks)
-    pipeline.run(config.workers)
-    with open(folder / "bad_rows.jsonl", "w", encoding="utf-8") as bad_rows:
-        summary = pipeline.collect(writer, bad_rows)
-    if not summary.total("bad_rows"):
-        (folder / "bad_rows.jsonl").unlink()
-    if not writer.documents:
-        raise InputError(
-            f"text={', '.join(config.text)}: no document is left of {summary.total('documents')}; "
-            f"see what the steps of --cleaning.steps drop: {summary.dropped_by()}"
-        )
-    write_report(folder / "report.html", summary, writer.documents, writer.tokens)
-    for damage in summary.damaged:
-        print(f"damaged: {damage}", file=sys.stderr)
-    return {
-        "characters": summary.totals["characters"],
-        "utf8_bytes": summary.totals["utf8_bytes"],
-        "bad_rows": summary.total("bad_rows"),
-        "empty_rows": summary.total("empty_rows"),
-        "personal_data": _masked(masks, summary.masked),
-        "cleaning": {
-            "read": summary.total("documents"),
-            "steps": {
-                name: {key: count for key, count in counts.items() if key != "seconds"}
-                for name, counts in summary.steps.items()
+class _Cleaned:
+    """What the pipeline leaves of them; the methods are those of _Plain."""
+
+    def __init__(self, config: PrepareConfig, corpus: TextCorpus, tokenizer: Tokenizer, masks: dict[str, str]) -> None:
+        self.config, self.summary = config, Summary()
+        reader = ReaderConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ReaderConfig)})
+        self.pipeline = Pipeline(reader, config.cleaning, tuple(corpus.files), config.tokenizer, _work(config), masks)
+
+    def documents(self, folder: Path) -> Iterator[Sequence[int]]:
+        self.pipeline.run(self.config.workers)
+        with open(folder / "bad_rows.jsonl", "w", encoding="utf-8") as bad_rows:
+            yield from self.pipeline.collect(self.summary, bad_rows)
+
+    def counts(self, folder: Path, writer: TokenFileWriter) -> dict[str, Any]:
+        """And writes the report."""
+        summary = self.summary
+        if not summary.total("bad_rows"):
+            (folder / "bad_rows.jsonl").unlink()
+        if not writer.documents:
+            raise InputError(
+                f"text={', '.join(self.config.text)}: no document is left of {summary.total('documents')}; "
+                f"see what the steps of --cleaning.steps drop: {summary.dropped_by()}"
+            )
+        write_report(folder / "report.html", summary, self.pipeline.masks, writer.documents, writer.tokens)
+        for damage in summary.damaged:
+            print(f"damaged: {damage}", file=sys.stderr)
+        print(f"dropped: {summary.dropped_by()}; {summary.totals['removed']:,} duplicates")
+        return {
+            "characters": summary.totals["characters"],
+            "utf8_bytes": summary.totals["utf8_bytes"],
+            "bad_rows": summary.total("bad_rows"),
+            "empty_rows": summary.total("empty_rows"),
+            "personal_data": summary.masked,
+            "cleaning": {
+                "read": summary.total("documents"),
+                "steps": {
+                    name: {key: count for key, count in counts.items() if key != "seconds"}
+                    for name, counts in summary.steps.items()
+                },
+                "duplicates": summary.totals["removed"],
+                "damaged": summary.damaged,
             },
-            "duplicates": summary.totals["removed"],
-            "damaged": summary.damaged,
-        },
-        "inputs": summary.inputs,
-    }
+            "inputs": summary.inputs,
+        }
 
 
 def _work(config: PrepareConfig) -> Path:
     """Where the pipeline keeps what it makes on the way, until the result is whole."""
     out = Path(config.out).resolve()
     return out.with_name(f"{out.name}.work")
-
-
-def _masked(masks: dict[str, str], counts: Counter[str]) -> dict[str, dict[str, Any]]:
-    return {kind: {"mask": masks[kind], "count": counts[kind]} for kind in masks}
 
 
 def _sha256(path: Path) -> str:

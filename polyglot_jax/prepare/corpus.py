@@ -15,7 +15,8 @@ from typing import IO
 from tqdm import tqdm
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.readers import ReaderConfig, Row, Source, find_files, read_rows
+from polyglot_jax.prepare.readers import ARCHIVES, LONGEST, ReaderConfig, Row, Source, find_files, kind_of, read_rows
+from polyglot_jax.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 """Text that is tokenised at a time; the library needs some hundred bytes for each of its tokens."""
@@ -26,6 +27,8 @@ REMEDIES = {
     "json": "a .jsonl has one JSON object on each line",
     "column": "name the key that holds the text with --column",
     "fields": "pass --quoting none if quotes are plain characters in it, and see that the extension fits the delimiter",
+    "page": "see bad_rows.jsonl for all of them",
+    "length": "cut such documents into shorter ones; a .txt is one only with --txt-documents file",
 }
 
 
@@ -56,16 +59,27 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def token_ids(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The ids of each text, ended by <|endoftext|>."""
+    for batch in batches(texts):
+        for ids in tokenizer.encode_batch(batch):
+            yield [*ids, tokenizer.eos_id]
+
+
 class TextCorpus:
     """The documents of the files that a ReaderConfig names. Raises InputError when these cannot be found.
 
+    pages    whether documents may be whole pages of the web, which somebody will clean
     counts   one FileCount per file read so far
     skipped  files in the given folders that are hidden, or of another extension than those read
     """
 
-    def __init__(self, config: ReaderConfig) -> None:
+    def __init__(self, config: ReaderConfig, *, pages: bool = False) -> None:
         self.config = config
         self.files, self.skipped = find_files(config.text)
+        for file in self.files:
+            if kind_of(file) in ARCHIVES and not pages:
+                raise InputError(f"text={file}: holds pages, not text; only `prepare --clean` reads it")
         self.counts: list[FileCount] = []
         self._printed = 0
         if self.skipped:
@@ -129,7 +143,9 @@ class TextCorpus:
         return sum(getattr(count, name) for count in self.counts)
 
     def _checked(self, row: Row) -> Row:
-        """The row with its text in NFC, or with the problem that it cannot be written as UTF-8."""
+        """The row with its text in NFC, or with the problem that it is too long or cannot be written as UTF-8."""
+        if len(row.text) > LONGEST:
+            return Row(row.line, problem="length", reason=f"longer than {LONGEST:,} characters")
         try:
             row.text.encode()
         except UnicodeEncodeError as error:

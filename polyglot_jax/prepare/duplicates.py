@@ -65,9 +65,10 @@ class Duplicates:
 
     def match(self, bucket: int) -> None:
         """Find the pairs that agree in a bucket."""
+        files = sum(1 for _ in (self.work / "signatures" / f"bucket_{bucket:03d}").iterdir())
         minhash.MinhashDedupBuckets(
             str(self.work / "signatures"), str(self.work / "pairs"), config=self.config, only_dedup_in_index=False,
-            lines_to_buffer=10_000,
+            lines_to_buffer=max(10, min(10_000, 1_000_000 // files)),  # of each file, all of which are open at once
         ).run(None, bucket, self.config.num_buckets)  # fmt: skip
 
     def cluster(self, _: int) -> None:

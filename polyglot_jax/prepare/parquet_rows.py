@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.readers import ReaderConfig, Row, find_column
+from polyglot_jax.prepare.readers import MissingLibrary, ReaderConfig, Row, find_column
 
 BATCH = 1024
 
@@ -20,7 +20,9 @@ def parquet_rows(path: Path, config: ReaderConfig) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError(f"{path}: reading .parquet needs pyarrow; pip install -r requirements-corpus.txt") from error
+        raise MissingLibrary(
+            f"{path}: reading .parquet needs pyarrow; pip install -r requirements-corpus.txt"
+        ) from error
     try:
         with parquet.ParquetFile(path) as file:
             column = find_column(path, file.schema_arrow.names, config)

@@ -12,26 +12,27 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
-from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, korean_share
-from polyglot_jax.prepare.corpus import TextCorpus, batches
+from polyglot_jax.prepare.clean_report import Histograms, Samples, Summary
+from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner
+from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.personal_data import KINDS, mask
-from polyglot_jax.prepare.readers import ReaderConfig
+from polyglot_jax.prepare.readers import MissingLibrary, ReaderConfig
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from polyglot_jax.prepare.duplicates import Duplicates
 
-LENGTHS = [2**power for power in range(1, 21)]
-"""Upper ends of the bins of the histogram of lengths, in characters; the last bin has all that is longer."""
 SHOWN = 300
 """Characters of a sample that are shown."""
 
@@ -88,17 +89,12 @@ class Pipeline:
     def _clean(self, rank: int) -> None:
         """One file: its documents cleaned and masked, their signatures, and a report."""
         file = self.files[rank]
-        corpus = TextCorpus(dataclasses.replace(self.reader, text=(str(file),)))
+        corpus = TextCorpus(dataclasses.replace(self.reader, text=(str(file),)), pages=True)
         cleaner = Cleaner(self.cleaning)
         masked: Counter[str] = Counter()
         before, after = Histograms(), Histograms()
-        dropped: dict[str, list[str]] = {}
-        kept: list[str] = []
+        samples: defaultdict[str, Samples] = defaultdict(lambda: Samples(self.cleaning.samples, self._shown))
         damage = ""
-
-        def sample(texts: list[str], text: str) -> None:
-            if len(texts) < self.cleaning.samples:
-                texts.append(self._shown(text))
 
         def documents() -> Iterator[str]:
             nonlocal damage
@@ -106,15 +102,17 @@ class Pipeline:
                 for text in corpus.documents_of(file, record, lambda size: None):
                     before.add(text)
                     cleaned, step = cleaner(text)
-                    if cleaned is None:
-                        sample(dropped.setdefault(step, []), text)
+                    if step:
+                        samples[step].add(cleaned)
                         continue
                     if self.masks:
                         cleaned = mask(cleaned, self.masks, masked)
                     after.add(cleaned)
-                    sample(kept, cleaned)
+                    samples[""].add(cleaned)
                     out.write(json.dumps(cleaned, ensure_ascii=False) + "\n")
                     yield cleaned
+            except MissingLibrary:
+                raise
             except InputError as error:  # of this file: what was read of it stays, the others go on
                 damage = str(error)
 
@@ -137,14 +135,13 @@ class Pipeline:
             "masked": masked,
             "before": before.counts,
             "after": after.counts,
-            "dropped": dropped,
-            "kept": kept,
+            "samples": {step: texts.least for step, texts in samples.items()},
         }
         _write_json(folder / f"{rank}.json", report)
 
     def _tokenise(self, rank: int) -> None:
         """One file: the token files of its documents that are no duplicates, and the number of those that are."""
-        tokenizer = Tokenizer.load(self.tokenizer)
+        tokenizer = _only_one(Tokenizer.load(self.tokenizer))
         removed: set[int] = set()
         sizes: dict[int, int] = {}
         if self.cleaning.deduplicate:
@@ -170,9 +167,8 @@ class Pipeline:
         first = next(texts, None)
         if first is not None:
             with TokenFileWriter(folder / str(rank), tokenizer.valid_ids) as writer:
-                for batch in batches(itertools.chain([first], texts)):
-                    for ids in tokenizer.encode_batch(batch):
-                        writer.add_document([*ids, tokenizer.eos_id])
+                for ids in token_ids(itertools.chain([first], texts), tokenizer):
+                    writer.add_document(ids)
         _write_json(folder / f"{rank}.json", report)
 
     def _shown(self, text: str) -> str:
@@ -183,9 +179,8 @@ class Pipeline:
         with open(self.work / "documents" / f"{rank}.jsonl", encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
-    def collect(self, writer: TokenFileWriter, bad_rows: IO[str]) -> Summary:
-        """Write the shards to one pair of token files, the bad rows to one file; returns what all tasks report."""
-        summary = Summary()
+    def collect(self, summary: Summary, bad_rows: IO[str]) -> Iterator[np.ndarray]:
+        """The token ids of every document that is left, in order; the others get what the tasks report."""
         for rank in range(len(self.files)):
             summary.add(*(_read_json(self.work / name / f"{rank}.json") for name in ("documents", "shards")))
             bad_rows.write((self.work / "documents" / f"{rank}.bad").read_text(encoding="utf-8"))
@@ -193,61 +188,15 @@ class Pipeline:
             if prefix.with_name(f"{rank}.idx").exists():
                 shard = TokenFile(prefix)
                 for start, end in zip(shard.document_starts[:-1], shard.document_starts[1:], strict=True):
-                    writer.add_document(shard.tokens[start:end])
-        return summary
+                    yield shard.tokens[start:end]
 
 
-class Histograms:
-    """Documents by length (LENGTHS) and by Korean share (tenths)."""
-
-    def __init__(self) -> None:
-        self.counts = {"length": [0] * (len(LENGTHS) + 1), "korean": [0] * 10}
-
-    def add(self, text: str) -> None:
-        self.counts["length"][min(max((len(text) - 1).bit_length() - 1, 0), len(LENGTHS))] += 1
-        self.counts["korean"][min(int(10 * korean_share(text)), 9)] += 1
+_TOKENIZERS: dict[str, Tokenizer] = {}
 
 
-class Summary:
-    """The reports of all tasks added up, with samples and the greatest clusters of duplicates."""
-
-    def __init__(self) -> None:
-        self.inputs: list[dict[str, Any]] = []
-        self.damaged: list[str] = []
-        self.totals: Counter[str] = Counter()
-        self.masked: Counter[str] = Counter()
-        self.steps: dict[str, dict[str, float]] = {}
-        self.histograms: dict[str, dict[str, list[int]]] = {}
-        self.dropped: dict[str, list[str]] = {}
-        self.kept: list[str] = []
-        self.top: list[tuple[int, str]] = []
-
-    def add(self, cleaned: dict[str, Any], tokenised: dict[str, Any]) -> None:
-        self.inputs.append(cleaned["input"])
-        self.damaged += [cleaned["damage"]] if cleaned["damage"] else []
-        self.totals.update({key: tokenised[key] for key in ("removed", "characters", "utf8_bytes")})
-        self.masked.update(cleaned["masked"])
-        for name, counts in cleaned["steps"].items():
-            total = self.steps.setdefault(name, dict.fromkeys(counts, 0))
-            for key, value in counts.items():
-                total[key] += value
-        for when in ("before", "after"):
-            for name, counts in cleaned[when].items():
-                total = self.histograms.setdefault(when, {}).setdefault(name, [0] * len(counts))
-                total[:] = map(sum, zip(total, counts, strict=True))
-        for name, texts in cleaned["dropped"].items():
-            self.dropped.setdefault(name, []).extend(texts)
-        self.kept += cleaned["kept"]
-        self.top = sorted([*self.top, *((-size, text) for size, text in tokenised["top"])], reverse=True)[:20]
-
-    def dropped_by(self) -> str:
-        """Which steps dropped how many documents, in words."""
-        drops = {name: int(counts["dropped"]) for name, counts in self.steps.items() if counts["dropped"]}
-        return ", ".join(f"{name} {count:,}" for name, count in drops.items()) or "nothing"
-
-    def total(self, name: str) -> int:
-        """Sum over the files of one field of FileCount."""
-        return sum(counts[name] for counts in self.inputs)
+def _only_one(tokenizer: Tokenizer) -> Tokenizer:
+    """The one like it that all tasks of a process use: any that has encoded leaves 6 MB behind in each thread."""
+    return _TOKENIZERS.setdefault(tokenizer.sha256, tokenizer)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One input file as rows: .txt, .jsonl, .csv and .tsv, plain or packed with .gz or .zst, streamed in flat memory.
+"""One input file as rows: .txt, .jsonl, .csv, .tsv, .warc, plain or packed with .gz or .zst, streamed in flat memory.
 
 A row that cannot be used is yielded with its problem, for the caller to count. What makes the rest of a file doubtful
 too (a damaged archive, a quote that is never closed, no such column) is an InputError.
@@ -24,11 +24,19 @@ import zstandard
 
 from polyglot_jax.config import InputError
 
-KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".warc", ".wet", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
+ARCHIVES = (".warc", ".wet")
+"""Kinds that hold pages of the web."""
+LONGEST = 1 << 24
+"""Characters of a document, or bytes of a page, above which a row is bad: the tokenizer takes 200 bytes for each."""
 DEFAULT_COLUMNS = ("text", "document")
 
-Problem = Literal["encoding", "json", "column", "fields"]
+Problem = Literal["encoding", "json", "column", "fields", "page", "length"]
+
+
+class MissingLibrary(InputError):
+    """What reads a kind of file is not installed: no fault of the file's."""
 
 
 class Row(NamedTuple):
@@ -45,13 +53,15 @@ class ReaderConfig:
     """Which files, and where in them the text is."""
 
     text: tuple[str, ...]
-    """Files or folders (walked in sorted order): .txt, .jsonl, .csv and .tsv, each also as .gz or .zst; .parquet."""
+    """Files or folders (walked in sorted order): .txt, .jsonl, .csv, .tsv, each also as .gz or .zst; .parquet; with
+    --clean also .warc and .wet."""
     column: str | None = None
     """Column of a .csv, .tsv or .parquet, or key of a .jsonl, that holds the text; none: "text", else "document"."""
     txt_documents: Literal["line", "paragraph", "file"] = "line"
     """What is one document in a .txt: a line, a paragraph (up to a blank line), or the whole file."""
     encoding: str = "utf-8"
-    """Encoding of the text, in Python's names: cp949 for old Korean files. A byte order mark is skipped."""
+    """Encoding of the text, in Python's names: cp949 for old Korean files. A byte order mark is skipped. Pages
+    of a .warc say which they are in."""
     quoting: Literal["standard", "none"] = "standard"
     """Whether quotes in a .csv or .tsv enclose fields, or are plain characters and each line is a row."""
 
@@ -204,8 +214,13 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
             stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
         elif path.name.lower().endswith(".zst"):
             stream = stack.enter_context(io.BufferedReader(_Zstd(stream)))
-        lines = stack.enter_context(io.TextIOWrapper(stream, encoding, "surrogateescape", newline))
         try:
+            if kind in ARCHIVES:
+                from polyglot_jax.prepare.web import page_rows
+
+                yield from page_rows(path, stream)
+                return
+            lines = stack.enter_context(io.TextIOWrapper(stream, encoding, "surrogateescape", newline))
             if kind == ".txt":
                 yield from _txt_rows(lines, config.txt_documents)
             elif kind == ".jsonl":
@@ -220,17 +235,21 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
 
 def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
     if documents == "file":
-        yield Row(1, lines.read())
+        yield Row(1, lines.read(LONGEST + 1))
+        while lines.read(LONGEST):  # for the hash
+            pass
     elif documents == "line":
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_bounded(lines), 1):
             yield Row(number, line.rstrip("\n"))
     else:
         paragraph: list[str] = []
-        start = 1
-        for number, line in enumerate(lines, 1):
+        start, length = 1, 0
+        for number, line in enumerate(_bounded(lines), 1):
             if line.strip():
-                start = start if paragraph else number
-                paragraph.append(line)
+                start, length = (start, length) if paragraph else (number, 0)
+                if length <= LONGEST:
+                    paragraph.append(line)
+                    length += len(line)
             elif paragraph:
                 yield Row(start, "".join(paragraph).rstrip("\n"))
                 paragraph = []
@@ -238,11 +257,23 @@ def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
             yield Row(start, "".join(paragraph).rstrip("\n"))
 
 
+def _bounded(lines: IO[str]) -> Iterator[str]:
+    """The lines; of one that is longer than LONGEST only so much that this can be seen."""
+    while line := lines.readline(LONGEST + 1):
+        rest = line
+        while len(rest) > LONGEST and not rest.endswith("\n"):
+            rest = lines.readline(LONGEST + 1)
+        yield line
+
+
 def _jsonl_rows(lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_bounded(lines), 1):
         if not line.strip():
             yield Row(number)
+            continue
+        if len(line) > LONGEST:
+            yield Row(number, line)
             continue
         try:
             value = json.loads(line)
@@ -293,7 +324,7 @@ def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, l
     within 20. With one column there is only the cap of 1,000 lines.
     """
     # The module's limit of 131,072 characters would refuse long documents.
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(LONGEST)
     begins, width = 1, 0
 
     def watched() -> Iterator[str]:

@@ -1,0 +1,215 @@
+"""Web archives and pages: which records are read, in which encoding, and what of a page is its text."""
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from polyglot_jax.config import InputError
+from polyglot_jax.prepare.cleaning import STEPS, CleanConfig
+from polyglot_jax.prepare.command import PrepareConfig, prepare
+from polyglot_jax.prepare.readers import LONGEST, ReaderConfig, Source, read_rows
+from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
+from polyglot_jax.prepare.web import DEEPEST, decoded, is_page
+from polyglot_jax.tokenizer import train_tokenizer
+
+pytest.importorskip("warcio")
+pytest.importorskip("resiliparse")
+
+NEWS = """<!DOCTYPE html>
+<html lang="ko"><head><meta charset="utf-8"><title>산마을 소식</title><style>p { color: #333 }</style>
+<script>document.write("<p>광고입니다</p>")</script></head>
+<body><header><nav><ul><li><a href="/">홈</a></li><li><a href="/news">뉴스</a></li><li><a href="/login">로그인</a></li>
+</ul></nav></header><aside class="sidebar"><h3>많이 본 기사</h3><ol><li><a href="/1">벚꽃 축제 일정</a></li>
+<li><a href="/2">주말 날씨 전망</a></li></ol></aside>
+<main><article><h1>산마을에 봄이 왔다</h1>
+<p>산 아래 작은 마을에 봄이 왔다. 아이들은 개울가에서 돌을 던지며 놀았고, 어른들은 밭을 갈기 시작했다.</p>
+<p>할머니는 마루에 앉아 <b>쑥</b>을 다듬으며 <a href="/word">말</a>했다.
+&quot;올해는 비가 알맞게 와서 농사가 잘될 게다.&quot;</p>
+<table><tr><td>봄</td><td>3월</td></tr><tr><td>여름</td><td>6월</td></tr></table>
+<p>사람들은 저녁마다 느티나무 아래에 모여 &lt;옛날이야기&gt;를 나눈다.</p></article></main>
+<footer><p>이용약관 개인정보처리방침 전화번호부</p></footer></body></html>"""
+SENTENCES = [
+    "산마을에 봄이 왔다",
+    "아이들은 개울가에서 돌을 던지며 놀았고, 어른들은 밭을 갈기 시작했다.",
+    '할머니는 마루에 앉아 쑥을 다듬으며 말했다. "올해는 비가 알맞게 와서 농사가 잘될 게다."',
+    "사람들은 저녁마다 느티나무 아래에 모여 <옛날이야기>를 나눈다.",
+]
+AROUND = ["광고입니다", "color", "로그인", "벚꽃 축제", "주말 날씨", "개인정보처리방침"]
+BOARD = """<html><head><title>게시판</title></head><body bgcolor=white><font size=2>
+오늘은 똠방각하라는 소설을 읽었습니다. 날씨가 맑아서 멀리까지 보였습니다.<br>
+내려오는 길에 국수를 먹었는데 참 맛있었습니다. 다음에는 같이 가요.</font></body></html>"""
+HTML = "text/html; charset=utf-8"
+
+
+def record(page, kind="response", status="200 OK", http=f"Content-Type: {HTML}\r\n", address="http://a.kr/"):
+    body = page.encode() if isinstance(page, str) else page
+    if kind == "response":
+        body = f"HTTP/1.1 {status}\r\n{http}\r\n".encode() + body
+    head = {
+        "WARC-Type": kind, "WARC-Target-URI": address, "WARC-Date": "2023-01-01T00:00:00Z",
+        "WARC-Record-ID": "<urn:uuid:00000000-0000-0000-0000-000000000001>", "Content-Length": len(body),
+        "Content-Type": "application/http; msgtype=response" if kind == "response" else "text/plain",
+    }  # fmt: skip
+    return b"WARC/1.0\r\n" + "".join(f"{k}: {v}\r\n" for k, v in head.items()).encode() + b"\r\n" + body + b"\r\n\r\n"
+
+
+def rows(path):
+    return list(read_rows(path, Source(path, lambda size: None), ReaderConfig(text=(str(path),))))
+
+
+def html(text):
+    return STEPS["html"](CleanConfig())(text)
+
+
+def test_pages_are_read_and_other_records_left_out(tmp_path):
+    chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BOARD.encode()[:99], BOARD.encode()[99:], b""))
+    packed = f"Content-Type: {HTML}\r\nContent-Encoding: gzip\r\n"
+    content = [
+        record("software: none\r\n", "warcinfo"),
+        record("GET / HTTP/1.1\r\n\r\n", "request"),
+        record(NEWS),
+        record("그런 쪽은 없습니다", status="404 Not Found"),
+        record(b"\x89PNG", http="Content-Type: image/png\r\n"),
+        record(gzip.compress(BOARD.encode()), http=packed),
+        record(chunked, http=f"Content-Type: {HTML}\r\nTransfer-Encoding: chunked\r\n"),
+        record("이미 글인 것", "conversion"),
+        record(gzip.compress(BOARD.encode()) + b"\0" * 100_000, http=packed),
+    ]
+    found = [(3, NEWS), (6, BOARD), (7, BOARD), (8, "이미 글인 것"), (9, BOARD)]
+    for name, data in (
+        ("a.warc", b"".join(content)),
+        ("a.warc.gz", b"".join(map(gzip.compress, content))),  # a member for each record, as crawlers write them
+        ("a.warc.wet.gz", b"".join(map(gzip.compress, content))),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert [(row.line, row.text) for row in rows(tmp_path / name)] == found
+
+
+@pytest.mark.parametrize(
+    "charset, declared, meta",
+    [
+        ("utf-8", "", ""),
+        ("cp949", "text/html; charset=EUC-KR", ""),
+        ("cp949", "text/html", '<meta http-equiv="Content-Type" content="text/html; charset=ks_c_5601-1987">'),
+        ("cp949", "text/html; charset=UTF-8", "<meta charset='euc-kr'>"),  # the server is wrong
+        ("utf-8", "text/html; charset=euc-kr", "<meta charset=euc-kr>"),  # both are
+        ("cp949", "text/html; charset=nonsense", ""),
+        ("cp949", "", ""),
+        ("shift_jis", "", "<meta charset=Shift_JIS>"),
+    ],
+)
+def test_encodings(charset, declared, meta):
+    page = f"<html><head>{meta}</head>{'こんにちは' if charset == 'shift_jis' else BOARD}</html>"
+    assert decoded(page.encode(charset), declared) == page
+
+
+def test_a_page_that_was_cut_inside_a_character_and_one_of_no_encoding():
+    for charset in ("utf-8", "cp949"):
+        cut = BOARD.encode(charset)
+        cut = cut[: cut.index("먹었".encode(charset)) + 1]
+        text = decoded(cut, f"text/html; charset={charset}")
+        assert text[:-1] == BOARD[: len(text) - 1] and text[-1] == "\ufffd"
+    assert decoded(b"\xff\x80" * 99, "text/html") is None
+
+
+def test_main_text():
+    text = html(NEWS)
+    assert [sentence for sentence in SENTENCES if sentence not in text] == []
+    assert [words for words in AROUND if words in text] == []
+    assert "봄" in text.split() and "여름" in text.split() and "\u2060" not in text
+    assert [line.strip() for line in html(BOARD).split("\n")] == [
+        "오늘은 똠방각하라는 소설을 읽었습니다. 날씨가 맑아서 멀리까지 보였습니다.",
+        "내려오는 길에 국수를 먹었는데 참 맛있었습니다. 다음에는 같이 가요.",
+    ]
+
+
+def test_what_is_a_whole_page():
+    for text in (
+        "<html>가",
+        "\ufeff\n<!DOCTYPE html>",
+        "<!-- a --><!-- b -->\n<HTML lang=ko>",
+        "<?xml version='1.0'?><!doctype html>",
+    ):
+        assert is_page(text)
+    for text in ("가 <html> 나", "<p>가</p>", "<htmlx>", "", "<!-- <html>"):
+        assert not is_page(text)
+    is_page("<!-- a -->" * 50_000)  # a pattern that backtracks would not come back from this
+
+
+def test_a_page_too_deep_for_the_extraction_is_taken_whole():
+    """Nobody's page: with 50,000 in each other the search for the main text takes a minute."""
+    menu = "<html><body><nav><a href='/'>처음으로 가기</a></nav>"
+    shallow, deep = (html(menu + "<div>" * depth + "깊은 곳의 글") for depth in (DEEPEST // 2, 50 * DEEPEST))
+    assert "처음으로" not in shallow and "처음으로" in deep and "깊은 곳의 글" in deep
+
+
+def test_pages_of_an_archive_and_of_a_column_through_the_pipeline(tmp_path):
+    pytest.importorskip("datatrove")
+    pytest.importorskip("ftfy")
+    (tmp_path / "t.json").write_text(train_tokenizer([NEWS] * 2, 280, show_progress=False).to_json(), encoding="utf-8")
+    pages = [record(NEWS), record(BOARD.encode("cp949"), http="Content-Type: text/html; charset=euc-kr\r\n")]
+    bad = [record(b"\xff\x80" * 99, address="http://b.kr/"), record("가" * LONGEST)]
+    (tmp_path / "a.warc.gz").write_bytes(b"".join(map(gzip.compress, [*pages, *bad])))
+    lines = (json.dumps({"html": page}, ensure_ascii=False) + "\n" for page in (NEWS, BOARD.replace("국수", "만두")))
+    (tmp_path / "b.jsonl").write_text("".join(lines), encoding="utf-8")
+    cleaning = CleanConfig(min_word_length=1)
+    config = {"tokenizer": str(tmp_path / "t.json"), "cleaning": cleaning, "clean": True, "column": "html"}
+    files = (str(tmp_path / "a.warc.gz"), str(tmp_path / "b.jsonl"))
+    manifest = prepare(PrepareConfig(text=files, out=str(tmp_path / "out"), **config))
+    assert manifest["cleaning"]["read"] == 4 and manifest["cleaning"]["steps"]["html"]["changed"] == 4
+    assert manifest["documents"] == 3 and manifest["cleaning"]["duplicates"] == 1  # the news, of both files
+    assert (manifest["bad_rows"], manifest["cleaning"]["damaged"]) == (2, [])
+    reasons = [
+        json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [(row["file"], row["line"]) for row in reasons] == [(files[0], 3), (files[0], 4)]
+    assert reasons[0]["reason"].startswith("http://b.kr/: in no encoding") and "longer than" in reasons[1]["reason"]
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "로그인" not in report and "쑥을 다듬으며" in report
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("a.warc", b"".join([record(NEWS), record(BOARD)])[:-99], "damaged or truncated archive .*cut off"),
+        ("a.warc.gz", gzip.compress(record(NEWS) + record(BOARD))[:-30], "damaged or truncated archive"),
+        ("a.warc", record(NEWS) + b"what is this?\r\n" * 3, "damaged or no web archive"),
+        ("a.warc", b"a text, not an archive\n" * 9, "damaged or no web archive"),
+    ],
+    ids=["cut", "cut gzip", "damaged", "foreign"],
+)
+def test_damaged_archives(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name}: {message}"):
+        rows(tmp_path / name)
+
+
+def test_only_cleaning_reads_archives(tmp_path):
+    (tmp_path / "a.warc").write_bytes(record(NEWS))
+    with pytest.raises(InputError, match=r"a\.warc: holds pages, not text; only `prepare --clean`"):
+        make_tokenizer(TokenizerConfig(text=(str(tmp_path),), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("name, module", [("a.warc", "warcio.archiveiterator"), ("a.parquet", "pyarrow")])
+def test_a_missing_library_is_no_damage(tmp_path, monkeypatch, name, module):
+    pytest.importorskip("datatrove")
+    pytest.importorskip("ftfy")
+    (tmp_path / "t.json").write_text(train_tokenizer([NEWS] * 2, 280, show_progress=False).to_json(), encoding="utf-8")
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.txt").write_text("산 아래 작은 마을에 봄이 왔다. " * 9, encoding="utf-8")
+    files = (str(tmp_path / name), str(tmp_path / "b.txt"))
+    monkeypatch.setitem(sys.modules, module, None)
+    config = PrepareConfig(text=files, tokenizer=str(tmp_path / "t.json"), out=str(tmp_path / "out"), clean=True)
+    with pytest.raises(
+        InputError, match=rf"{name}: .* needs? {module.split('.')[0]}; pip install -r requirements-corpus"
+    ):
+        prepare(config)
+
+
+def test_a_body_that_cannot_be_unpacked_costs_no_other(tmp_path):
+    packed = record(b"no brotli", http=f"Content-Type: {HTML}\r\nContent-Encoding: br\r\n", address="http://b.kr/")
+    (tmp_path / "a.warc").write_bytes(packed + record(NEWS))
+    [bad, good] = rows(tmp_path / "a.warc")
+    assert good.text == NEWS and bad.problem == "page" and bad.reason.startswith("http://b.kr/: ")
