@@ -1,9 +1,11 @@
-"""Hugging Face folders of random weights, of any size, made shard by shard."""
+"""Hugging Face folders of random weights, of any size, made shard by shard; and the model of the benchmarks."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +13,26 @@ import numpy as np
 from tqdm import tqdm
 
 from polyglot_jax import names, safetensors_files
-from polyglot_jax.config import Config
+from polyglot_jax.config import Config, DataConfig, ModelConfig
 from polyglot_jax.names import Tensor
 
 _ROWS = 2**22  # values drawn at a time
+MODEL = ModelConfig(layers=8, embed=512, heads=8, mlp=2048)
+"""56M parameters, with the released tokenizer's vocabulary: what benchmarks of running a model run."""
+
+
+@contextlib.contextmanager
+def benchmark_folder(out: str, tokenizer: str) -> Iterator[Path]:
+    """The folder `out`, removed in the end, with MODEL in its folder model; tokenizer: a file, the released one."""
+    folder = Path(out).resolve()
+    if folder.exists():
+        raise SystemExit(f"error: {folder}: exists; remove it, or choose another place with --out")
+    text = Path(tokenizer).read_text(encoding="utf-8")
+    try:
+        write_random_model(folder / "model", Config(model=MODEL, data=DataConfig(valid_ids=30_003)), tokenizer=text)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_random_model(path: Path, config: Config, tokenizer: str | None = None, shard_bytes: int = 10**9) -> None:

@@ -174,9 +174,11 @@ def _dump(file: Path, value: Any) -> None:
 
 def _write_tokenizer(path: Path, config: Config, tokenizer: str) -> None:
     (path / "tokenizer.json").write_bytes(tokenizer.encode())
-    special = [token["content"] for token in json.loads(tokenizer).get("added_tokens", ()) if token["special"]]
+    added = json.loads(tokenizer).get("added_tokens", ())
+    special = {token["content"]: token["id"] for token in added if token["special"]}
     # A name the tokenizer lacks would get an id of its own, beyond the model's rows.
-    ends = {"eos_token": END, "pad_token": END} if END in special else {}
+    end = END if END in special else next((name for name in special if special[name] == config.data.eos_id), None)
+    ends = {"eos_token": end, "pad_token": end} if end else {}
     _dump(
         path / "tokenizer_config.json",
         {
@@ -188,7 +190,7 @@ def _write_tokenizer(path: Path, config: Config, tokenizer: str) -> None:
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
-    _dump(path / "special_tokens_map.json", {"additional_special_tokens": special, **ends})
+    _dump(path / "special_tokens_map.json", {"additional_special_tokens": list(special), **ends})
 
 
 def _write_shards(path: Path, source: Source, tensors: list[Outgoing], shard_bytes: int) -> dict[str, int]:

@@ -69,7 +69,8 @@ def test_the_folder_above_is_found_too(files, tmp_path):
             "line 3: Answer='3' is not understood; it is one of 1, 2",
         ),
         (1, "1\t눈이 내렸다.\t이유\t길이.\t꽃이.\t1", "line 2: question='이유' is not understood"),
-        (3, "3\t \t원인\t추웠다.\t더웠다.\t1", "line 4: sentence is empty"),
+        (3, "3\t \t원인\t추웠다.\t더웠다.\t1", "line 4: sentence is empty; take the file as KoBEST has it"),
+        (1, '1\t"눈이 내렸다.\t결과\t길이.\t꽃이.\t1', "line 2: a quoted cell begins here and ends in line 4; take"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, text, message):
@@ -85,10 +86,18 @@ def test_a_bad_line_is_named(tmp_path, line, text, message):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     folder = kobest.write(tmp_path)
     (folder / "WiC" / "train.tsv").unlink()
-    with pytest.raises(InputError, match=r"WiC/train\.tsv: cannot be read \(No such file"):
+    with pytest.raises(
+        InputError, match=r"WiC/train\.tsv: cannot be read \(No such file .* BoolQ/test\.tsv .* --data$"
+    ):
         data.read(str(folder), "kobest_wic", "train")
-    (folder / "WiC" / "test.tsv").write_bytes("ID\t눈".encode("cp949"))
-    with pytest.raises(InputError, match=r"WiC/test\.tsv: is not UTF-8"):
+    (folder / "WiC" / "test.tsv").write_bytes(b"ID\tTarget\n" + "1\t눈".encode("cp949"))
+    with pytest.raises(InputError, match=r"WiC/test\.tsv: line 2: is not UTF-8"):
+        data.read(str(folder), "kobest_wic", "test")
+    (folder / "WiC" / "test.tsv").write_text("\t".join(kobest.ROWS["WiC"][0]) + "\n")
+    with pytest.raises(InputError, match=r"WiC/test\.tsv: holds no documents"):
+        data.read(str(folder), "kobest_wic", "test")
+    (folder / "WiC" / "test.tsv").write_text("ID\t" + "x" * 2**18)
+    with pytest.raises(InputError, match=r"WiC/test\.tsv: line 1: field larger than field limit"):
         data.read(str(folder), "kobest_wic", "test")
 
 
@@ -464,6 +473,29 @@ def test_an_interrupted_evaluation_goes_on(record, path, files, tmp_path, monkey
     assert f"error: {out}: exists" in capsys.readouterr().err
 
 
+def test_a_quick_look_says_so_and_is_not_taken_for_the_whole(record, path, files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    with monkeypatch.context() as patches:
+        patches.setattr(polyglot_jax.evaluate.command, "_print", lambda *_: sys.exit(9))  # stopped before it is written
+        with pytest.raises(SystemExit):
+            evaluate(path, files, out, "--limit", "2")
+    assert (tmp_path / "out.json.partial").is_file()
+    # The whole takes nothing over from the part, and the part has the prompts that its documents have in the whole.
+    assert evaluate(path, files, out) == 0
+    assert "only the first" not in capsys.readouterr().out
+    assert_same(json.loads(out.read_text(encoding="utf-8")), record)
+    assert evaluate(path, files, out, "--limit", "2", "--overwrite") == 0
+    assert "### COPA (macro-F1, only the first 2 of 3 documents)" in capsys.readouterr().out
+    part = json.loads(out.read_text(encoding="utf-8"))
+    assert part["settings"]["limit"] == 2
+    for task, cells in part["documents"].items():
+        for shots, documents in cells.items():
+            found = part["results"][task][shots]
+            assert (found["documents"], found["of"], len(documents)) == (2, 3, 2)
+            for ours, theirs in zip(documents, record["documents"][task][shots][:2], strict=True):
+                np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
+
+
 def test_the_table(evaluated, path):
     record, printed = evaluated
     cell = record["results"]["kobest_copa"]["2"]
@@ -478,7 +510,7 @@ def test_the_table(evaluated, path):
 def test_the_table_beside_what_was_published():
     from polyglot_jax.evaluate.report import markdown
 
-    cell = {"macro_f1": 0.7201, "macro_f1_low": 0.69, "macro_f1_high": 0.75}
+    cell = {"macro_f1": 0.7201, "macro_f1_low": 0.69, "macro_f1_high": 0.75, "documents": 1000, "of": 1000}
     table = markdown({"kobest_copa": {"0": cell, "3": cell}}, "mine", 1_331_810_304, "polyglot-ko-1.3b")
     assert table.splitlines()[-3:] == [
         "| mine | 1.3B | 0.7201 [0.690, 0.750] | 0.7201 [0.690, 0.750] |",
@@ -507,7 +539,7 @@ def test_near_ties_are_listed(path, files, tmp_path, lm):
     ("arguments", "message"),
     [
         (("--tasks", "kobest_copa", "--shots", "4"), "shots=4: there are only 3 training documents of COPA"),
-        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--text", "nowhere.txt"), "text=nowhere.txt: no such file or folder"),
     ],
 )
 def test_bad_input_is_one_line(path, files, capsys, arguments, message):
@@ -527,6 +559,8 @@ def test_bad_input_is_one_line(path, files, capsys, arguments, message):
         (("--tasks", "kobest_copa", "--shots", "0;5"), "shots=0;5: must be numbers with commas"),
         (("--tasks", "kobest_copa", "--batch-size", "0"), "batch_size=0: must be at least 1"),
         (("--text", "a.txt", "--stride", "0"), "stride=0: must be at least 1"),
+        (("--tasks", "kobest_copa", "--limit", "0"), "limit=0: must be at least 1"),
+        (("--text", "a.txt", "--limit", "5"), "limit=5: there are no --tasks that it could limit"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(capsys, arguments, message):

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from experiments import record
 from experiments.baselines import trigram_bits, unigram_bits
+from experiments.kobest_three_ways import WAYS, cell, problems, table
 from experiments.pretraining import plan
 from polyglot_jax.config import PRESETS
 
@@ -53,6 +54,38 @@ def test_the_trigram_learns_a_cycle_the_unigram_cannot():
     heldout = np.tile([0, 1, 0, 2], 10)
     assert unigram_bits(train, heldout, 3) > 1.4
     assert trigram_bits(train, heldout, 3) < 0.2
+
+
+def three_ways(scores, other, macro_f1=0.5):
+    """What the comparison says of one task, of which the third way has `other` scores and another metric."""
+    metrics = {"acc": 0.5, "macro_f1": 0.5}
+    native = metrics | {"macro_f1_low": 0.4, "macro_f1_high": 0.6, "truncated": 0}
+    found = {way: {"scores": {"kobest_copa": scores}, "metrics": {"kobest_copa": metrics}} for way in WAYS}
+    found["native"]["metrics"] = {"kobest_copa": native}
+    found["hf"] = {"scores": {"kobest_copa": other}, "metrics": {"kobest_copa": metrics | {"macro_f1": macro_f1}}}
+    return cell("kobest_copa", found)
+
+
+def test_ways_may_differ_in_near_ties_alone():
+    scores = [[-2.0, -1.0], [-3.0, -3.00005]]
+    same = three_ways(scores, [[-2.0, -1.0], [-3.0, -3.00004]])
+    assert (same["documents"], same["other_choices"], same["near_ties"]) == (2, [], [1])
+    assert same["largest_difference"] == pytest.approx(1e-5)
+    turned = three_ways(scores, [[-2.0, -1.0], [-3.0, -2.99999]], macro_f1=0.4)
+    assert (turned["other_choices"], turned["near_ties"], turned["equal_metrics"]) == ([1], [1], False)
+    wrong = three_ways(scores, [[-1.0, -2.0], [-3.0, -3.00005]])
+    counted = three_ways(scores, scores, macro_f1=0.5001)
+    assert problems({"kobest_copa": {"0": same, "5": turned}}) == []
+    assert problems({"kobest_copa": {"0": wrong, "5": counted}}) == [
+        "kobest_copa, 0 shots: documents [0] are chosen otherwise, and are no near-ties",
+        "kobest_copa, 5 shots: the same choices, but other metrics",
+    ]
+    assert table({"kobest_copa": {"0": turned}}).splitlines()[2:] == [
+        "| kobest_copa | 0 | 2, 0 | macro_f1 | 0.5000 | 0.5000 | 0.4000 | 1 | 1 | 6e-05 |",
+        "| kobest_copa | 0 | 2, 0 | acc | 0.5000 | 0.5000 | 0.5000 | 1 | 1 | 6e-05 |",
+    ]
+    with pytest.raises(ValueError, match="shorter"):
+        three_ways(scores, scores[:1])
 
 
 @pytest.mark.slow

@@ -1,22 +1,18 @@
 """Our model in lm-evaluation-harness, through its own command line, beside its `hf` model and our own evaluation."""
 
+import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 from models import random_tensors
 from safetensors.numpy import save_file
 
-from experiments.benchmarks.evaluate import harness_scores, write_hub_folder
+from convert.__main__ import VERBS as CONVERT
+from experiments import harness, kobest_three_ways, record
 from polyglot_jax import names
-from polyglot_jax.__main__ import VERBS
 from polyglot_jax.cli import run
 from polyglot_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from polyglot_jax.evaluate.metrics import choose, is_near_tie
 from polyglot_jax.evaluate.tasks import TASKS
 
 DOCUMENTS = 25
@@ -28,7 +24,7 @@ def place(shared, tmp_path_factory):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("no lm_eval: pip install -r requirements-harness.txt")
     folder = tmp_path_factory.mktemp("harness")
-    write_hub_folder(str(shared / "data" / "kobest"), list(TASKS), DOCUMENTS, folder)
+    harness.write_hub_folder(str(shared / "data" / "kobest"), list(TASKS), DOCUMENTS, folder)
     model = ModelConfig(vocab=30_080, layers=2, embed=48, heads=4, mlp=96, context=300)
     config = Config(model=model, data=DataConfig(valid_ids=30_003), train=TrainConfig(sequence_length=300))
     (folder / "model").mkdir()
@@ -40,39 +36,30 @@ def place(shared, tmp_path_factory):
     return folder
 
 
-def harness(place, model, arguments, tasks, *more):
-    """Where the harness, run through our launcher, logged its samples."""
-    out = place / f"{model}{'-'.join(more)}"
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "cache"), "TOKENIZERS_PARALLELISM": "false"}
-    command = [
-        sys.executable, "-m", "polyglot_jax.evaluate.harness", "run", "--model", model, "--model_args", arguments,
-        "--tasks", *tasks, "--batch_size", "8", "--device", "cpu", "--log_samples", "--output_path", str(out), *more,
-    ]  # fmt: skip
-    environment = os.environ | offline | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("shots", [0, 5])
-def test_three_ways_choose_alike(place, shots):
-    ours = harness(place, "polyglot_jax", "path=model,data=2,tensor=2", TASKS, "--num_fewshot", str(shots))
-    theirs = harness(place, "hf", "pretrained=model,dtype=float32", TASKS, "--num_fewshot", str(shots))
-    arguments = ["--checkpoint", place / "model", "--tasks", "kobest", "--shots", shots, "--protocol", "harness",
-                 "--data", place / "skt" / "kobest_v1", "--out", place / f"native-{shots}.json"]  # fmt: skip
-    assert run(VERBS, "python -m polyglot_jax", ["evaluate", *map(str, arguments)]) == 0
-    native = json.loads((place / f"native-{shots}.json").read_text(encoding="utf-8"))
-    by_ours, by_theirs = harness_scores(ours, list(TASKS)), harness_scores(theirs, list(TASKS))
+def test_three_ways_choose_alike(place, shared, monkeypatch):
+    """The command that made the record, on 8 devices, with contexts that are cut; all three read real documents."""
+    monkeypatch.setattr(record, "FOLDER", place / "records")
+    assert run(CONVERT, "python -m convert", ["hf-to-orbax", str(place / "model"), str(place / "orbax")]) == 0
+    experiment = kobest_three_ways.ThreeWays(
+        data=str(shared / "data" / "kobest"), checkpoint=str(place / "orbax"), documents=DOCUMENTS,
+        out=str(place / "ways"),
+    )  # fmt: skip
+    kobest_three_ways.main(experiment)
+    made = json.loads((place / "records" / "kobest_three_ways.json").read_text(encoding="utf-8"))
+    assert made["different"] == []
     for task in TASKS:
-        documents = native["documents"][task][str(shots)]
-        assert len(documents) == len(by_ours[task]) == len(by_theirs[task]) == DOCUMENTS
-        for document, a, b in zip(documents, by_ours[task], by_theirs[task], strict=True):
-            assert a == pytest.approx(b, abs=1e-3)
-            assert document["scores"] == pytest.approx(b, abs=1e-3)
-            if not is_near_tie(b):
-                assert document["prediction"] == choose(a) == choose(b)
-    assert shots == 0 or any(native["results"][task]["5"]["truncated"] for task in TASKS)
+        for shots in ("0", "5"):
+            cell = made["cells"][task][shots]
+            assert cell["documents"] == DOCUMENTS
+            assert cell["largest_difference"] < 1e-3
+            assert cell["equal_metrics"] or cell["other_choices"]
+    assert any(made["cells"][task]["5"]["truncated"] for task in TASKS)
+    # Again, it computes nothing; of another checkpoint, it takes nothing over.
+    monkeypatch.setattr(harness, "run", None)
+    kobest_three_ways.main(experiment)
+    with pytest.raises(SystemExit, match="holds what other settings made"):
+        kobest_three_ways.main(dataclasses.replace(experiment, checkpoint=str(place / "model")))
 
 
 TASK = """
@@ -108,13 +95,9 @@ def test_rolling_and_generated_text_are_those_of_torch(place):
     (place / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
     found = []
     for model, arguments in (("polyglot_jax", "path=model"), ("hf", "pretrained=model,dtype=float32")):
-        out = harness(place, model, arguments, ("rolling", "made"), "--include_path", "tasks")
-        answers = {}
-        for task in ("rolling", "made"):
-            [file] = out.rglob(f"samples_{task}_*.jsonl")
-            samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            answers[task] = [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda s: s["doc_id"])]
-        found.append(answers)
+        out, tasks = place / f"texts-{model}", ("rolling", "made")
+        harness.run(model, arguments, tasks, 0, out, 8, ["--include_path", "tasks"])
+        found.append({task: [sample["filtered_resps"][0] for sample in harness.samples(out, task)] for task in tasks})
     assert [float(value) for value in found[0]["rolling"]] == pytest.approx(
         [float(value) for value in found[1]["rolling"]], rel=1e-5
     )

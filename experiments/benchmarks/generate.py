@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,10 +27,8 @@ from typing import Any
 import tyro
 
 from experiments import record
-from experiments.random_model import write_random_model
-from polyglot_jax.config import Config, DataConfig, ModelConfig
+from experiments.random_model import MODEL, benchmark_folder
 
-MODEL = ModelConfig(layers=8, embed=512, heads=8, mlp=2048)
 BATCHES, PROMPTS, NEW = (1, 8), (32, 512), 128
 COLD = """
 import sys, time
@@ -154,13 +151,8 @@ def first_piece(model: str, out: Path, turns: int) -> dict[str, Any]:
 
 
 def main(benchmark: Benchmark) -> None:
-    out = Path(benchmark.out).resolve()
-    if out.exists():
-        raise SystemExit(f"error: {out}: exists; remove it, or choose another place with --out")
-    model = str(out / "model")
-    tokenizer = Path(benchmark.tokenizer).read_text(encoding="utf-8")
-    write_random_model(Path(model), Config(model=MODEL, data=DataConfig(valid_ids=30_003)), tokenizer=tokenizer)
-    try:
+    with benchmark_folder(benchmark.out, benchmark.tokenizer) as out:
+        model = str(out / "model")
         numbers = {
             "parameters": MODEL.parameters(),
             "load_average": os.getloadavg(),
@@ -168,8 +160,6 @@ def main(benchmark: Benchmark) -> None:
             **streaming(model, benchmark.turns),
             **first_piece(model, out, min(3, benchmark.turns)),
         }
-    finally:
-        shutil.rmtree(out)
     command = f"python -m experiments.benchmarks.generate --tokenizer tokenizer.json --turns {benchmark.turns}"
     packages = ("jax", "torch", "transformers", "tokenizers", "numpy")
     path = record.write("benchmark_generate", "generation against transformers with torch", command, packages, numbers)

@@ -47,7 +47,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     described = _describe(config, lm, weights.fingerprint(source))
     journal = Journal(config.out, {name: described[name] for name in ("weights_sha256", "dtype", "versions")})
     start = time.monotonic()
-    cells = {cell: _score_cell(lm, config, journal, cell, found) for cell, found in prompts.items()}
+    cells = {
+        cell: _score_cell(lm, config, journal, cell, found[: config.limit], len(found))
+        for cell, found in prompts.items()
+    }
     texts = {path: _score_text(lm, config, journal, path) for path in config.text}
     record: dict[str, Any] = described | {"seconds": round(time.monotonic() - start, 2), "results": {}, "documents": {}}
     for (task, shots), (result, documents) in cells.items():
@@ -91,9 +94,14 @@ def _describe(config: EvaluateConfig, lm: LanguageModel, fingerprint: str) -> di
 
 
 def _score_cell(
-    lm: LanguageModel, config: EvaluateConfig, journal: Journal, cell: tuple[str, int], prompts: Sequence[Prompt]
+    lm: LanguageModel,
+    config: EvaluateConfig,
+    journal: Journal,
+    cell: tuple[str, int],
+    prompts: Sequence[Prompt],
+    of: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metrics of a task at a number of shots, and its documents, in the order of the file."""
+    """The metrics of a task at a number of shots, and its documents, in the order of the file, which has `of`."""
     task, shots = cell
     encoded = encode(prompts, lm.tokenizer, config.protocol)
     pairs = [pair for found in encoded for pair in found]
@@ -118,7 +126,7 @@ def _score_cell(
         predicted = [document[f"prediction{kind}"] for document in documents]
         for name, values in metrics.summary(gold, predicted, choices, config.resamples).items():
             result |= {f"{name}{kind}{part}": value for part, value in values.items()}
-    result |= {"documents": len(documents), "truncated": sum(is_cut), "near_ties": len(near)}
+    result |= {"documents": len(documents), "of": of, "truncated": sum(is_cut), "near_ties": len(near)}
     result |= {"near_tie_documents": near}
     return result, documents
 

@@ -45,6 +45,8 @@ def documents(path: str, tokenizer: Tokenizer) -> Iterator[Document]:
     InputError if it is none of these, is not UTF-8, or has ids that the tokenizer does not know.
     """
     place = Path(path)
+    if not place.exists() and not place.with_name(place.name + ".idx").exists():
+        raise InputError(f"text={path}: no such file or folder, and no token files {place.name}.bin and .idx")
     files = sorted(place.rglob("*.txt")) if place.is_dir() and not list(place.glob("*.idx")) else [place]
     if files and all(file.is_file() and file.suffix not in (".bin", ".idx") for file in files):
         return _texts(files, tokenizer)

@@ -4,9 +4,10 @@ branch   lm-evaluation-harness, branch polyglot (2022), which made the published
          Random(42), and the same Random then draws the examples of each, in that order; context and continuation are
          encoded apart.
 harness  lm-evaluation-harness 0.4: documents in order, examples drawn by Random(1234); spaces at the context's end
-         belong to the continuation, and the two are encoded together and cut where the context alone ends.
+         belong to the continuation, and the two are encoded together and cut where the context alone ends. What the
+         tokenizer puts before a text, as XGLM's puts </s>, stands there; under branch nothing does.
 
-Each task begins with a Random of its own. Nothing is put before a text.
+Each task begins with a Random of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def make_prompts(
 ) -> list[Prompt]:
     """The prompts of `tests`, in their order, each with `shots` examples drawn from `train`."""
     if shots > len(train):
-        raise InputError(f"shots={shots}: there are only {len(train)} training documents of {task.folder}")
+        raise InputError(
+            f"shots={shots}: there are only {len(train)} training documents of {task.folder}; ask for fewer"
+        )
     generator = random.Random(SEEDS[protocol])
     order = list(range(len(tests)))
     if protocol == "branch":
@@ -53,14 +56,15 @@ def make_prompts(
 
 def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer, protocol: Protocol) -> list[list[Pair]]:
     """Token ids of every prompt's context with each of its continuations."""
+    is_joint = protocol == "harness"
     contexts = [prompt.context for prompt in prompts]
     texts = [text for prompt in prompts for text in prompt.continuations]
-    if protocol == "harness":
+    if is_joint:
         texts = [prompt.context + text for prompt in prompts for text in prompt.continuations]
         contexts = [context.rstrip() for context in contexts]
-    before, after = tokenizer.encode_batch(contexts), iter(tokenizer.encode_batch(texts))
+    before, after = tokenizer.encode_batch(contexts, is_joint), iter(tokenizer.encode_batch(texts, is_joint))
     pairs = []
     for prompt, context in zip(prompts, before, strict=True):
-        cut = len(context) if protocol == "harness" else 0
+        cut = len(context) if is_joint else 0
         pairs.append([Pair(context, next(after)[cut:]) for _ in prompt.continuations])
     return pairs

@@ -16,11 +16,17 @@ _TITLES = {
 def markdown(results: Mapping[str, Mapping[str, Mapping[str, Any]]], model: str, size: int, name: str | None) -> str:
     """A table for each task, of macro-F1 with its interval; what was published of the model `name` under it.
 
-    results: task -> shots -> metric -> value; size: parameters of the model.
+    results: task -> shots -> metric -> value; size: parameters of the model. The title says if not all documents count.
     """
     blocks = []
     for task, cells in results.items():
-        head = [f"### {_TITLES[task]} (macro-F1)", "", _row("Model", "params", *(f"n={shots}" for shots in cells))]
+        one = next(iter(cells.values()))
+        part = f", only the first {one['documents']} of {one['of']} documents" if one["documents"] < one["of"] else ""
+        head = [
+            f"### {_TITLES[task]} (macro-F1{part})",
+            "",
+            _row("Model", "params", *(f"n={shots}" for shots in cells)),
+        ]
         head.append("|---" * (2 + len(cells)) + "|")
         metrics = ("macro_f1", "macro_f1_norm") if task == "kobest_hellaswag" else ("macro_f1",)
         blocks.append(

@@ -25,6 +25,8 @@ class EvaluateConfig:
     """KoBEST's folder (BoolQ/test.tsv, ...), or what the `datasets` library takes, such as the hub's name."""
     protocol: Protocol = "branch"
     """branch: as the published tables were made; harness: as lm-evaluation-harness 0.4 does it."""
+    limit: int | None = None
+    """Only the first so many test documents of each task, with the prompts they have among all: for a quick look."""
     text: tuple[str, ...] = ()
     """Text files, folders of .txt files, or prepared corpora, to take the bits per byte of."""
     stride: int | None = None
@@ -44,10 +46,12 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.tasks and not self.text:
             raise InputError("tasks=: nothing to do; name --tasks kobest_copa,kobest_hellaswag, or --text FILE")
-        for name, least in (("batch_size", 1), ("stride", 1), ("resamples", 1)):
+        for name, least in (("limit", 1), ("batch_size", 1), ("stride", 1), ("resamples", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name}={value}: must be at least {least}")
+        if self.limit and not self.tasks:
+            raise InputError(f"limit={self.limit}: there are no --tasks that it could limit; a --text is read whole")
         self.task_names()
         self.shot_numbers()
 
