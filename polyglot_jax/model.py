@@ -48,6 +48,8 @@ REMAT: dict[str, Any] = {
 
 _SLOTS = ("batch", "attention_heads", None, "head_dim")
 """The axes of a layer's cache, [B, H, S, K]."""
+_ROWS = 64
+"""Rows up to which each is written by an instruction of its own, which takes compiling time."""
 
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
@@ -216,7 +218,7 @@ class Attention(_Part):
 def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """[B, H, S, K] with `new`, [B, T, H, K], in the slots `positions`, int[B, T]; a slot that is not there is none."""
     new = new.swapaxes(1, 2).astype(slots.dtype)
-    if new.shape[2] > 1:
+    if new.shape[2] > 1 or len(slots) > _ROWS:
         return _scattered(slots, new, positions)
     return jax.lax.platform_dependent(slots, new, positions, tpu=_row_by_row, default=_scattered)
 
