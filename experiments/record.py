@@ -14,9 +14,13 @@ FOLDER = Path(__file__).parent / "records"
 
 
 def commit() -> str:
-    """The commit this checkout is at, marked if files differ from it."""
-    described = ("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--abbrev=40")
-    return subprocess.run(described, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The commit this checkout is at, marked if files differ from it; other records, which are no code, may."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", "-C", str(FOLDER), *arguments), capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude).")
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def write(name: str, what: str, command: str, packages: tuple[str, ...], numbers: dict[str, Any]) -> Path:
