@@ -52,6 +52,8 @@ class GenerateCommand:
     """Strings to end before, instead of at <|endoftext|>; given without any: always make max-new-tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and products; none: float32 on a CPU, bfloat16 elsewhere."""
+    keep_end: bool = False
+    """Keep the end of a prompt that the context has no room for, instead of refusing it."""
     samples: int = 1
     """Continuations of each prompt; with beams, the best of them."""
     log_probabilities: bool = False
@@ -122,6 +124,11 @@ def _compile(arguments: Sequence[str]) -> None:
         decode = Decode(command.batch_size, slots, command.quantize)
         compile_decode(command.config, command.topology, decode, command.dump_hlo, command.json)
         return
+    if (command.batch_size, command.slots, command.quantize) != (1, None, None):
+        raise InputError(
+            "--batch-size, --slots and --quantize belong to --mode decode; a training step's are --train.batch-size "
+            "and --train.sequence-length"
+        )
     from polyglot_jax.compile.command import compile_step
 
     compile_step(command.config, command.topology, command.dump_hlo, command.json)
@@ -152,6 +159,8 @@ def _base(arguments: Sequence[str]) -> Config:
 def _generate(arguments: Sequence[str]) -> None:
     program = "python -m polyglot_jax generate"
     command = tyro.cli(GenerateCommand, args=arguments, prog=program)
+    if not command.prompt:
+        raise InputError("--prompt: names no text; give one or several, in quotes")
     from polyglot_jax.language_model import load
 
     model = load(command.checkpoint, dtype=command.dtype)
@@ -162,13 +171,13 @@ def _generate(arguments: Sequence[str]) -> None:
     settings = dataclasses.asdict(command.sample)
     if command.samples == 1 and command.sample.beams == 1 and not command.log_probabilities:
         for number, prompt in enumerate(command.prompt):
-            pieces = model.stream(prompt, stop=command.stop, first=number, **settings)
+            pieces = model.stream(prompt, stop=command.stop, first=number, keep_end=command.keep_end, **settings)
             first = next(pieces, "")  # what is wrong with the prompt is said before it is printed
             for piece in itertools.chain((prompt, first), pieces):
                 print(piece, end="", flush=True)
             print(flush=True)
         return
-    made = model.complete(command.prompt, command.samples, command.stop, **settings)
+    made = model.complete(command.prompt, command.samples, command.stop, keep_end=command.keep_end, **settings)
     for prompt, completions in zip(command.prompt, made, strict=True):
         for number, completion in enumerate(completions):
             total = sum(completion.log_probabilities)

@@ -342,7 +342,8 @@ class SampleConfig:
         _require_positive("sample", self, "max_new_tokens")
         _require(self.temperature >= 0, "sample.temperature", self.temperature, "must not be negative")
         _require(0 <= self.top_k < 2**31, "sample.top_k", self.top_k, "must not be negative, and below 2^31")
-        _require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
+        # Below float32's least normal number it would be 0 on the device.
+        _require(2**-126 <= self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "sample.min_p", self.min_p, "must be in [0, 1]")
         _require(
             0 <= self.min_new_tokens <= self.max_new_tokens,

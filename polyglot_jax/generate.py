@@ -168,7 +168,7 @@ class Batch(NamedTuple):
             less = f"lower it to {context - longest} or shorten" if longest < context else "shorten"
             raise InputError(
                 f"sample.max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is more than "
-                f"model.context={context}; {less} the prompt"
+                f"model.context={context}; {less} the prompt, or keep its end alone (keep_end)"
             )
         rows = bucket(-(-len(prompts) // replicas), 1, 1 << 30) * replicas
         tokens = np.zeros((rows, bucket(longest, 16, context)), np.int32)

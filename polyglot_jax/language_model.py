@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import html
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from polyglot_jax.beams import BeamSearch
-from polyglot_jax.config import Config, InputError, SampleConfig
+from polyglot_jax.config import Config, InputError, SampleConfig, from_plain
 from polyglot_jax.generate import Generator, Made
 from polyglot_jax.hardware import readable
 from polyglot_jax.model import Params, Transformer
@@ -69,7 +69,11 @@ def load(
     is_cpu = jax.default_backend() == "cpu"
     if dtype is None:
         dtype = jnp.float32 if is_cpu else jnp.bfloat16
+    if dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
+        raise InputError(f"dtype={dtype}: must be float32, bfloat16 or float16; for int8 weights quantize='int8'")
     dtype = jnp.dtype(dtype)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(f"mesh={mesh}: must be a mesh of devices: sharding.make_mesh(MeshConfig(...))")
     if is_cpu and dtype == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
     print(f"note: {preflight(source, mesh, dtype, quantize)}", file=sys.stderr)
@@ -125,6 +129,7 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         samples: int | None = None,
         first: int = 0,
+        keep_end: bool = False,
         **settings: Any,
     ) -> list[Any]:
         """The continuations alone, one for each prompt (a single string counts as one prompt; ids are taken as such).
@@ -132,11 +137,12 @@ class LanguageModel:
         settings: any other field of `SampleConfig`; arguments not given are those of config.sample. stop: None ends at
         <|endoftext|>; a list of strings ends before the first of them instead; [] always makes max_new_tokens tokens.
         samples: how many of each prompt; the result is then a list for each prompt. first: the number of the first
-        prompt, which its draws depend on: a call that is split gives what it gives whole.
+        prompt, which its draws depend on: a call that is split gives what it gives whole. keep_end: of a prompt that
+        the context has no room for, keep the end; else it is refused.
         """
         settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
                      "seed": seed}  # fmt: skip
-        made = self.complete(prompts, 1 if samples is None else samples, stop, first, **settings)
+        made = self.complete(prompts, 1 if samples is None else samples, stop, first, keep_end, **settings)
         return [row[0].text if samples is None else [completion.text for completion in row] for row in made]
 
     def complete(
@@ -145,20 +151,25 @@ class LanguageModel:
         samples: int = 1,
         stop: str | Sequence[str] | None = None,
         first: int = 0,
+        keep_end: bool = False,
         **settings: Any,
     ) -> list[list[Completion]]:
         """As `generate`, with ids, log-probabilities and why each ended: `samples` completions for each prompt.
 
         With settings' beams=N they are the best of beam search's N, best first.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            prompts = [prompts]
+        prompts = list(prompts)
         sample, ends = self._sample(settings), self._stop(stop)
-        if samples < 1 or (sample.beams > 1 and samples > sample.beams):
+        if not isinstance(samples, int) or samples < 1 or (sample.beams > 1 and samples > sample.beams):
             most = f"sample.beams={sample.beams}" if sample.beams > 1 else "as many as fit"
             raise InputError(f"samples={samples}: must be from 1 to {most}")
+        if not isinstance(first, int) or not 0 <= first < 2**31:
+            raise InputError(f"first={first}: the first prompt's number, in [0, 2^31)")
         if not prompts:
             return []
-        ids = self._encode(prompts)
+        ids = self._prompts(prompts, sample, keep_end)
         with self._on_mesh():
             if sample.beams > 1:
                 if ends.strings:
@@ -182,6 +193,7 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         first: int = 0,
+        keep_end: bool = False,
         **settings: Any,
     ) -> Iterator[str]:
         """Yield the text `generate` would return for the prompt, in pieces, as it is made: first after one token.
@@ -194,9 +206,9 @@ class LanguageModel:
         sample, ends = self._sample(settings), self._stop(stop)
         if sample.beams > 1:
             raise InputError(f"sample.beams={sample.beams}: beam search knows no token before the last; use generate")
-        text, shown = "", 0
+        ids, text, shown = self._prompts([prompt], sample, keep_end), "", 0
         is_over = self._is_over(ends, sample.min_new_tokens)
-        states = self._generator.run(self.params, self._encode([prompt]), sample, ends.ids, 1, first, is_over)
+        states = self._generator.run(self.params, ids, sample, ends.ids, 1, first, is_over)
         while True:
             with self._on_mesh():  # not around the yields: it would hold for what the caller does between them
                 rows = next(states, None)
@@ -220,6 +232,9 @@ class LanguageModel:
             raise InputError(f"tokens: {tokens.dtype}{list(tokens.shape)}; logits takes int[B, T]")
         if tokens.min() < 0 or tokens.max() >= vocab:  # indexing on a device would wrap or clamp them in silence
             raise InputError(f"tokens: from {tokens.min()} to {tokens.max()}; ids are 0 to {vocab - 1}")
+        context = self.config.model.context
+        if tokens.shape[1] > context:  # likewise the rows of learned positions
+            raise InputError(f"tokens: {tokens.shape[1]} in a row; the model takes {context}")
         with self._on_mesh():
             return self._logits(self.params, tokens.astype(np.int32))
 
@@ -265,8 +280,9 @@ class LanguageModel:
         names = {field.name for field in dataclasses.fields(SampleConfig)}
         if unknown := sorted(settings.keys() - names):
             raise InputError(f"sample.{unknown[0]}: no such setting; there are {', '.join(sorted(names))}")
-        given = {name: value for name, value in settings.items() if value is not None}
-        return dataclasses.replace(self.config.sample, **given)
+        plain = {name: getattr(value, "item", lambda value=value: value)() for name, value in settings.items()}
+        given = {name: value for name, value in plain.items() if value is not None}
+        return from_plain(SampleConfig, dataclasses.asdict(self.config.sample) | given, "sample")
 
     def _stop(self, stop: str | Sequence[str] | None) -> Stop:
         return Stop.of(stop, self.tokenizer, self.config.data.eos_id)
@@ -300,17 +316,39 @@ class LanguageModel:
         return self.tokenizer
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise InputError(f"text={text!r}: must be a string")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"text={text[:40]!a}: is no text (a lone surrogate at {error.start}); decode the bytes it "
+                    "came from as UTF-8"
+                ) from error
         return self._known_tokenizer.encode_batch(texts)
+
+    def _prompts(self, texts: Sequence[Any], sample: SampleConfig, keep_end: bool) -> list[list[int]]:
+        room = self.config.model.context - sample.max_new_tokens
+        return [ids[-room:] if keep_end and room > 0 else ids for ids in self._encode(texts)]
 
     def _encode(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         if all(isinstance(text, str) for text in texts):
             rows = self._tokens(texts)
         else:
-            rows, vocab, _ = [list(ids) for ids in texts], self.config.model.vocab, self._known_tokenizer
-            for ids in rows:
-                if ids and not 0 <= min(ids) <= max(ids) < vocab:  # a device would clamp them in silence
-                    raise InputError(f"prompt: ids from {min(ids)} to {max(ids)}; they are 0 to {vocab - 1}")
+            rows = [self._ids(given) for given in texts]
+            self._text([])  # what is made will be text: that there is no tokenizer is said now
         return [ids or [self.config.data.eos_id] for ids in rows]
+
+    def _ids(self, given: Any) -> list[int]:
+        if isinstance(given, str) or np.ndim(given) != 1:
+            raise InputError(f"prompt={given!r}: prompts are strings, or each a list of ids")
+        ids, vocab = np.asarray(given), self.config.model.vocab
+        if ids.size and ids.dtype.kind not in "iu":
+            raise InputError(f"prompt={given!r}: ids are whole numbers")
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab:  # a device would clamp them in silence
+            raise InputError(f"prompt: ids from {ids.min()} to {ids.max()}; they are 0 to {vocab - 1}")
+        return ids.tolist()
 
     def _text(self, ids: list[int]) -> str:
         return self._known_tokenizer.decode(ids)

@@ -28,8 +28,8 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, config: SampleConfig) -> Sampling:
-        values = (getattr(config, name) for name in cls._fields)
-        return cls(*(jnp.float32(value) if isinstance(value, float) else jnp.int32(value) for value in values))
+        dtypes = {"float": jnp.float32, "int": jnp.int32}
+        return cls(*(dtypes[SampleConfig.__annotations__[name]](getattr(config, name)) for name in cls._fields))
 
 
 class Form(NamedTuple):

@@ -111,6 +111,8 @@ def test_logits_are_those_of_transformers(pair):
     for bad in ([[512]], [[-1]], [[1.5]]):
         with pytest.raises(InputError, match=r"^tokens: "):
             lm.logits(bad)
+    with pytest.raises(InputError, match="tokens: 129 in a row; the model takes 128"):
+        lm.logits([[5] * 129])
 
 
 def test_end_of_text_ends():
@@ -171,10 +173,33 @@ def test_a_prompt_too_long_is_an_input_error(pair):
         lm.generate(KOREAN[0], max_new_tokens=room + 1)
 
 
+def test_only_if_asked_a_prompt_too_long_keeps_its_end(pair):
+    _, lm = pair
+    prompt = lm.tokenizer.encode(KOREAN[3] * 8)
+    expected = lm.generate([prompt[-120:]], max_new_tokens=8)
+    assert lm.generate([prompt, prompt[-120:]], max_new_tokens=8, keep_end=True) == expected * 2
+    assert "".join(lm.stream(KOREAN[3] * 8, max_new_tokens=8, keep_end=True)) == expected[0]
+
+
+def test_numbers_of_any_kind_are_the_same_settings(pair):
+    _, lm = pair
+    settings = {"max_new_tokens": 12, "temperature": 0.75, "top_p": 0.5, "min_p": 0.125, "repetition_penalty": 1.25}
+    expected = lm.generate("마을", **settings, seed=5)
+    assert expected != lm.generate("마을", max_new_tokens=12)
+    for kind in (np.float32, jnp.float32):
+        made = {name: kind(value) for name, value in settings.items() if name != "max_new_tokens"}
+        assert lm.generate("마을", **made, max_new_tokens=np.int64(12), seed=jnp.int32(5)) == expected
+    assert lm.generate("마을", temperature=2, max_new_tokens=9) == lm.generate(
+        "마을", temperature=2.0, max_new_tokens=9
+    )
+
+
 @pytest.mark.parametrize(
     ("sample", "name"),
     [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
-     ({"top_k": -1}, "top_k"), ({"seed": -1}, "seed")],
+     ({"top_k": -1}, "top_k"), ({"seed": -1}, "seed"), ({"top_p": 1e-46}, "top_p"), ({"top_k": 2.5}, "top_k"),
+     ({"early_stopping": True}, "early_stopping"), ({"beams": 2.5}, "beams"),
+     ({"max_new_tokens": "9"}, "max_new_tokens")],
 )  # fmt: skip
 def test_bad_settings_are_input_errors(pair, sample, name):
     with pytest.raises(InputError, match=rf"^sample\.{name}="):
@@ -185,6 +210,23 @@ def test_bad_settings_are_input_errors(pair, sample, name):
 def test_ids_that_are_no_ids_are_an_input_error(pair, ids):
     with pytest.raises(InputError, match=r"^prompt: ids from .* they are 0 to 511$"):
         pair[1].generate([[7], ids], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([5, 6, 7], "prompt=5: prompts are strings, or each a list of ids"), (None, "prompt=None: "),
+     ([[5.7, 6.2]], "ids are whole numbers"), (["마을", [5]], "prompt='마을': "),
+     ("\ud800 봄", "a lone surrogate at 0"), ([["마", "을"]], "ids are whole numbers")],
+)  # fmt: skip
+def test_prompts_that_are_none_are_input_errors(pair, prompts, message):
+    with pytest.raises(InputError, match=message):
+        pair[1].generate(prompts, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("how", [{"samples": 1.5}, {"samples": 0}, {"first": 2**40}, {"first": -1}])
+def test_numbers_that_count_nothing_are_input_errors(pair, how):
+    with pytest.raises(InputError, match=f"^{next(iter(how))}="):
+        pair[1].generate("마을", max_new_tokens=2, **how)
 
 
 def test_unknown_settings_are_input_errors(pair):

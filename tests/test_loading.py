@@ -83,6 +83,11 @@ def test_the_object_says_what_it_is(pair):
 def test_a_model_without_a_tokenizer(tmp_path):
     model = model_config()
     checkpoint.save(tmp_path / "checkpoint", config_of(model), random_params(model, seed=12))
+    for bad in ("int8", "int32", "float64", "bf16", "banana"):
+        with pytest.raises(InputError, match=f"^dtype={bad}: must be float32, bfloat16 or float16; "):
+            polyglot_jax.load(tmp_path / "checkpoint", dtype=bad)
+    with pytest.raises(InputError, match=r"^mesh=.*sharding\.make_mesh"):
+        polyglot_jax.load(tmp_path / "checkpoint", MeshConfig())
     lm = polyglot_jax.load(tmp_path / "checkpoint")
     assert lm.tokenizer is None
     assert "tokenizer: none" in repr(lm)

@@ -173,10 +173,12 @@ _HELPS = "What helps: fewer --batch-size or --slots, --quantize int8, or more ch
 
 
 def _decoding(mesh: MeshConfig, chips: int) -> MeshConfig:
-    if mesh.data != -1:
+    if mesh.slices > 1:
+        raise InputError(f"mesh.slices={mesh.slices}: a decode step is estimated on one slice; leave it at 1")
+    others = mesh.fsdp * mesh.tensor * mesh.sequence
+    if mesh.data != -1 or chips % others:  # which make_mesh refuses
         return mesh
-    others = mesh.slices * mesh.fsdp * mesh.tensor * mesh.sequence
-    return dataclasses.replace(mesh, data=1, tensor=mesh.tensor * max(1, chips // others))
+    return dataclasses.replace(mesh, data=1, tensor=mesh.tensor * (chips // others))
 
 
 def abstract_weights(model: Transformer, mesh: Mesh, quantize: str | None) -> Params:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -39,13 +40,16 @@ def describe(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     from jax.experimental import topologies
 
     try:
-        several = {"num_slices": slices} if slices > 1 else {}
-        devices = topologies.get_topology_desc(name, platform="tpu", **several).devices
+        size = [int(length) for length in found[2].split("x")]
+        how: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        if math.prod(size) == 1:  # libtpu otherwise takes a host to have several chips
+            how["chips_per_host_bounds"] = (1, 1, 1)
+        devices = topologies.get_topology_desc(name, platform="tpu", **how).devices
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
         raise InputError(
             f"--topology {name}: the TPU compiler knows none of that name ({error}); there are, for instance, "
             f"{', '.join(f'{found[1]}:{size}' for size in CHIPS[found[1]].sizes)}"
         ) from error
-    if len(devices) != slices * math.prod(map(int, found[2].split("x"))):
+    if len(devices) != slices * math.prod(size):
         raise InputError(f"--topology {name}: has {len(devices)} devices, not one for each chip")
     return CHIPS[found[1]], list(devices)
