@@ -304,6 +304,15 @@ def test_nothing_left_says_what_dropped_it(clean, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_left_says_what_was_damaged(clean, tmp_path, capsys):
+    (tmp_path / "bad.txt").write_bytes("가나다라\n".encode("cp949") * 3)
+    with pytest.raises(InputError, match=r"no document could be read in 1 files: .*bad\.txt: 3 of 3 rows are bad"):
+        clean(tmp_path / "bad.txt")
+    with pytest.raises(InputError, match=r"no document is left of 1; .*length 1"):
+        clean(tmp_path / "bad.txt", write(tmp_path / "a.jsonl", "하나"))
+    assert capsys.readouterr().err.count("damaged: ") == 2
+
+
 def test_a_run_that_stops_goes_on_and_gives_the_same(clean, tmp_path, monkeypatch):
     files = [write(tmp_path / f"{k}.jsonl", story(k), story(k + 1), story(k + 9)) for k in range(6)]
     whole, _, _ = clean(*files, out="whole")

@@ -158,14 +158,16 @@ class _Cleaned:
         summary = self.summary
         if not summary.total("bad_rows"):
             (folder / "bad_rows.jsonl").unlink()
+        for damage in summary.damaged:
+            print(f"damaged: {damage}", file=sys.stderr)
+        if summary.damaged and not summary.total("documents"):
+            raise InputError(f"no document could be read in {len(summary.inputs)} files: {summary.damaged[0]}")
         if not writer.documents:
             raise InputError(
                 f"text={', '.join(self.config.text)}: no document is left of {summary.total('documents')}; "
                 f"see what the steps of --cleaning.steps drop: {summary.dropped_by()}"
             )
         write_report(folder / "report.html", summary, self.pipeline.masks, writer.documents, writer.tokens)
-        for damage in summary.damaged:
-            print(f"damaged: {damage}", file=sys.stderr)
         print(f"dropped: {summary.dropped_by()}; {summary.totals['removed']:,} duplicates")
         return {
             "characters": summary.totals["characters"],
