@@ -17,7 +17,7 @@ from conftest import ROOT
 from disks import remount, small_disk
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare import engine
+from polyglot_jax.prepare import engine, pipeline
 from polyglot_jax.prepare.clean_report import Samples
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
 from polyglot_jax.prepare.command import PrepareConfig, prepare
@@ -346,6 +346,24 @@ def test_other_settings_do_not_go_on_with_old_work(clean, tmp_path, monkeypatch)
         clean(*files)
     monkeypatch.undo()
     assert len(clean(*files, min_length=5)[2]) == 3
+    monkeypatch.setattr(engine, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    bad = tmp_path / "bad.txt"
+    bad.write_text("이런말", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        clean(*files, out="listed", bad_words=str(bad))
+    keys = [(tmp_path / "listed.work" / "claim").read_text()]
+    bad.write_text("나무를", encoding="utf-8")  # the same path, another list
+    with pytest.raises(KeyboardInterrupt):
+        clean(*files, out="listed", bad_words=str(bad))
+    monkeypatch.setattr(pipeline, "WORK_VERSION", pipeline.WORK_VERSION + 1)
+    keys.append((tmp_path / "listed.work" / "claim").read_text())
+    with pytest.raises(KeyboardInterrupt):
+        clean(*files, out="listed", bad_words=str(bad))
+    keys.append((tmp_path / "listed.work" / "claim").read_text())
+    assert len(set(keys)) == 3
+    monkeypatch.undo()
+    manifest = clean(*files, out="listed", min_length=5, bad_words=str(bad))[1]
+    assert manifest["cleaning"]["lists_sha256"] == {"bad_words": hashlib.sha256("나무를".encode()).hexdigest()}
     (tmp_path / "new.work").mkdir()
     with pytest.raises(InputError, match=r"new\.work: is in the way"):
         clean(*files, out="new")

@@ -6,6 +6,7 @@ The thresholds are those of EleutherAI/dps, the preparation of Polyglot-Ko, at i
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 import time
@@ -248,6 +249,13 @@ def korean_share(text: str) -> float:
     codes = np.frombuffer(text.encode("utf-16-le"), "<u2")
     korean = ((codes >= 0xAC00) & (codes <= 0xD7A3)) | ((codes >= 0x3131) & (codes <= 0x3163))
     return float(korean.sum()) / max(len("".join(text.split())), 1)
+
+
+def list_hashes(config: CleanConfig) -> dict[str, str]:
+    """SHA-256 of the lines that the steps read from lists: a file may change under the same name."""
+    paths = {"spam_markers": config.spam_markers, "bad_words": config.bad_words}
+    read = {name: path for name, path in paths.items() if path and name.removesuffix("_markers") in config.steps}
+    return {name: hashlib.sha256("\n".join(_lines(path, name)).encode()).hexdigest() for name, path in read.items()}
 
 
 def _lines(path: str, name: str) -> list[str]:

@@ -17,7 +17,7 @@ from tokenizers import __version__ as tokenizers_version
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare.clean_report import Summary, write_report
-from polyglot_jax.prepare.cleaning import CleanConfig
+from polyglot_jax.prepare.cleaning import CleanConfig, list_hashes
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.folder import result_folder, write_manifest
 from polyglot_jax.prepare.personal_data import mask, replacements
@@ -144,7 +144,7 @@ class _Cleaned:
     """What the pipeline leaves of them; the methods are those of _Plain."""
 
     def __init__(self, config: PrepareConfig, corpus: TextCorpus, tokenizer: Tokenizer, masks: dict[str, str]) -> None:
-        self.config, self.summary = config, Summary()
+        self.config, self.summary, self.lists = config, Summary(), list_hashes(config.cleaning)
         reader = ReaderConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ReaderConfig)})
         self.pipeline = Pipeline(reader, config.cleaning, tuple(corpus.files), config.tokenizer, _work(config), masks)
 
@@ -183,6 +183,7 @@ class _Cleaned:
                 },
                 "duplicates": summary.totals["removed"],
                 "damaged": summary.damaged,
+                "lists_sha256": self.lists,
             },
             "inputs": summary.inputs,
         }

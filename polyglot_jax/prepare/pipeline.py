@@ -23,7 +23,7 @@ import numpy as np
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
 from polyglot_jax.prepare.clean_report import Histograms, Samples, Summary
-from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner
+from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, list_hashes
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.personal_data import KINDS, mask
 from polyglot_jax.prepare.readers import MissingLibrary, ReaderConfig
@@ -33,6 +33,8 @@ from polyglot_jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from polyglot_jax.prepare.duplicates import Duplicates
 
+WORK_VERSION = 1
+"""To be raised with any change of what the tasks write: they do not go on with the work of other versions."""
 SHOWN = 300
 """Characters of a sample that are shown."""
 
@@ -73,9 +75,11 @@ class Pipeline:
     def _claim(self) -> None:
         """Begin in the folder `work`, or go on if what it holds is of the same files and settings."""
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        settings = (dataclasses.asdict(self.reader), dataclasses.asdict(self.cleaning), self.masks)
+        settings = (
+            dataclasses.asdict(self.reader), dataclasses.asdict(self.cleaning), list_hashes(self.cleaning), self.masks
+        )  # fmt: skip
         tokenizer = Tokenizer.load(self.tokenizer).sha256
-        key = hashlib.sha256(json.dumps([stats, settings, tokenizer]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([WORK_VERSION, stats, settings, tokenizer]).encode()).hexdigest()
         claim = self.work / "claim"
         if claim.is_file() and claim.read_text() == key:
             return
