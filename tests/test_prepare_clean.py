@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def test_lists_of_words_and_markers(tmp_path):
     assert step("bad_words", bad_words=str(tmp_path / "bad.txt"))("이것은 나쁜말이다") is None
     assert step("bad_words", bad_words=str(tmp_path / "bad.txt"))("광고와") == "광고와"
     assert step("spam", spam_markers=str(tmp_path / "bad.txt"))("가나 광고.라") == "가나"
+    decomposed = unicodedata.normalize("NFD", "나쁜말\n")
+    (tmp_path / "nfd.txt").write_text(decomposed, encoding="utf-8-sig")  # a mark first, as Windows has it
+    assert step("bad_words", bad_words=str(tmp_path / "nfd.txt"))("이것은 나쁜말이다") is None
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"cleaning\.bad_words=.*empty\.txt: is empty; leave the flag out"):
         step("bad_words", bad_words=str(tmp_path / "empty.txt"))

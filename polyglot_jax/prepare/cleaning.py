@@ -260,9 +260,10 @@ def list_hashes(config: CleanConfig) -> dict[str, str]:
 
 def _lines(path: str, name: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))  # as documents are
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cleaning.{name}={path}: cannot be read as UTF-8 text ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"cleaning.{name}={path}: is empty; leave the flag out, or put one text on each line")
     return lines
