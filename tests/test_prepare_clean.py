@@ -302,6 +302,16 @@ def test_the_tasks_of_a_process_share_one_tokenizer(clean, tmp_path, monkeypatch
     assert len(used) == 3 and len(set(map(id, used))) == 1
 
 
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_a_result_in_a_folder_that_is_read_is_refused(tmp_path, tokenizer, cleaned):
+    write(tmp_path / "corpus" / "a.jsonl", story(1))
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    out = str(tmp_path / "link" / "new" / "out")
+    with pytest.raises(InputError, match=r"out=.*out: lies in text=.*corpus, where it would be read"):
+        prepare(PrepareConfig(text=(str(tmp_path / "corpus"),), tokenizer=str(tokenizer), out=out, clean=cleaned))
+    assert [file.name for file in (tmp_path / "corpus").iterdir()] == ["a.jsonl"]
+
+
 def test_nothing_left_says_what_dropped_it(clean, tmp_path):
     with pytest.raises(InputError, match=r"no document is left of 2; .*length 2"):
         clean(write(tmp_path / "a.jsonl", "하나", "둘"))

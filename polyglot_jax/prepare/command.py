@@ -66,6 +66,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     The token files are those of GPT-NeoX's `preprocess_data.py --append-eod` for the same texts. The same inputs give
     the same bytes. Raises InputError for bad input, and then leaves `out` as it was.
     """
+    for text in config.text:
+        if Path(text).resolve() in Path(config.out).resolve().parents:
+            raise InputError(f"out={config.out}: lies in text={text}, where it would be read as text; choose another")
     tokenizer = Tokenizer.load(config.tokenizer)
     corpus = TextCorpus(config, pages=config.clean)
     masks = replacements(tokenizer.vocabulary) if config.mask_personal_data else {}
