@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from disks import remount, small_disk
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine, pipeline
-from polyglot_jax.prepare.clean_report import Samples
+from polyglot_jax.prepare.clean_report import LENGTHS, Histograms, Samples, Summary, _histogram
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
@@ -300,6 +302,40 @@ def test_the_tasks_of_a_process_share_one_tokenizer(clean, tmp_path, monkeypatch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: used.append(self) or encode(self, texts))
     clean(*(write(tmp_path / f"{k}.jsonl", story(k)) for k in range(3)))
     assert len(used) == 3 and len(set(map(id, used))) == 1
+
+
+def test_old_work_that_is_half_deleted_is_deleted_and_not_gone_on_with(clean, tmp_path, monkeypatch):
+    file, real, unlink, gone = write(tmp_path / "a.jsonl", story(1), story(2)), shutil.rmtree, os.unlink, []
+
+    def stops(*path, **settings):
+        gone.append(path)
+        if len(gone) == 20:
+            raise KeyboardInterrupt
+        unlink(*path, **settings)
+
+    def rmtree(path, **settings):
+        with monkeypatch.context() as patch:
+            if ".work" in str(path):
+                patch.setattr(os, "unlink", stops)
+            real(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        clean(file)
+    monkeypatch.undo()
+    assert (tmp_path / "out.work" / "claim").read_text() == ""
+    shutil.rmtree(tmp_path / "out")
+    assert len(clean(file)[2]) == 2 and not (tmp_path / "out.work").exists()
+
+
+def test_bars_of_a_histogram_are_never_longer_than_their_column():
+    summary, before, after = Summary(), Histograms(), Histograms()
+    for length in (100, 1000, 10_000):
+        before.add("가" * length)
+        after.add("가" * 100)
+    summary.histograms = {"before": before.counts, "after": after.counts}
+    page = _histogram(summary, "length", list(map(str, range(len(LENGTHS) + 1))))
+    assert max(map(float, re.findall(r"width:([\d.]+)%", page))) == 100
 
 
 @pytest.mark.parametrize("cleaned", [True, False])

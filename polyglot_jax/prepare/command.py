@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import sys
 import time
 from collections import Counter
@@ -100,8 +99,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             "tokenizers": tokenizers_version,
         }
         write_manifest(folder, manifest)
-    if config.clean:
-        shutil.rmtree(_work(config))
+    if isinstance(source, _Cleaned):
+        source.pipeline.remove()
     print(
         f"{config.out}: {writer.documents:,} documents, {writer.tokens:,} tokens; "
         f"left out: {manifest['bad_rows']:,} bad rows, {manifest['empty_rows']:,} empty ones"

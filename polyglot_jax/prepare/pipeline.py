@@ -86,9 +86,18 @@ class Pipeline:
         if self.work.exists():
             if not claim.is_file():
                 raise InputError(f"{self.work}: is in the way and was not made by this command; move it away")
-            shutil.rmtree(self.work)
+            self.remove()
         self.work.mkdir(parents=True)
         claim.write_text(key)
+
+    def remove(self) -> None:
+        """Delete the folder `work`. Stopped half way, what is left is still known as its own, and not gone on with."""
+        claim = self.work / "claim"
+        claim.write_text("")
+        for folder in ("done", "documents", "duplicates", "shards"):
+            shutil.rmtree(self.work / folder, ignore_errors=True)
+        claim.unlink()
+        shutil.rmtree(self.work)
 
     def _clean(self, rank: int) -> None:
         """One file: its documents cleaned and masked, their signatures, and a report."""
