@@ -155,6 +155,15 @@ class Source(io.RawIOBase):
         super().close()
 
 
+DAMAGES = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+"""What reading a packed file raises when it is damaged."""
+
+
+def damaged(path: Path, reason: object) -> InputError:
+    """The error for a packed file or an archive that is damaged."""
+    return InputError(f"{path}: damaged or truncated archive ({reason}); copy or download it again")
+
+
 class _Zstd(io.RawIOBase):
     """Decompressed bytes of a .zst of one or more frames.
 
@@ -227,8 +236,8 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
                 yield from _jsonl_rows(lines, config)
             else:
                 yield from _table_rows(path, lines, "," if kind == ".csv" else "\t", config)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise InputError(f"{path}: damaged or truncated archive ({error}); copy or download it again") from error
+        except DAMAGES as error:
+            raise damaged(path, error) from error
         except UnicodeError as error:
             raise InputError(f"{path}: encoding={config.encoding}: {error}; pass the one it is in") from error
 
