@@ -30,6 +30,8 @@ ARCHIVES = (".warc", ".wet")
 """Kinds that hold pages of the web."""
 LONGEST = 1 << 24
 """Characters of a document, or bytes of a page, above which a row is bad: the tokenizer takes 200 bytes for each."""
+LONGEST_LINE = 6 * LONGEST + (1 << 20)
+"""Characters of a line of a .jsonl above which it is not read: LONGEST as escapes like \\ud55c, and other keys."""
 DEFAULT_COLUMNS = ("text", "document")
 
 Problem = Literal["encoding", "json", "column", "fields", "page", "length"]
@@ -266,23 +268,23 @@ def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
             yield Row(start, "".join(paragraph).rstrip("\n"))
 
 
-def _bounded(lines: IO[str]) -> Iterator[str]:
-    """The lines; of one that is longer than LONGEST only so much that this can be seen."""
-    while line := lines.readline(LONGEST + 1):
+def _bounded(lines: IO[str], longest: int = LONGEST) -> Iterator[str]:
+    """The lines; of one that is longer than `longest` only so much that this can be seen."""
+    while line := lines.readline(longest + 1):
         rest = line
-        while len(rest) > LONGEST and not rest.endswith("\n"):
-            rest = lines.readline(LONGEST + 1)
+        while len(rest) > longest and not rest.endswith("\n"):
+            rest = lines.readline(longest + 1)
         yield line
 
 
 def _jsonl_rows(lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
-    for number, line in enumerate(_bounded(lines), 1):
+    for number, line in enumerate(_bounded(lines, LONGEST_LINE), 1):
         if not line.strip():
             yield Row(number)
             continue
-        if len(line) > LONGEST:
-            yield Row(number, line)
+        if len(line) > LONGEST_LINE:
+            yield Row(number, problem="length", reason=f"a line longer than {LONGEST_LINE:,} characters")
             continue
         try:
             value = json.loads(line)
@@ -332,8 +334,8 @@ def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, l
     run of such lines must not reach 20. Five columns show it within 5 lines; two, of prose with a comma in it perhaps,
     within 20. With one column there is only the cap of 1,000 lines.
     """
-    # The module's limit of 131,072 characters would refuse long documents.
-    csv.field_size_limit(LONGEST)
+    # The module's limit of 131,072 characters would refuse long documents, and end the file at one above LONGEST.
+    csv.field_size_limit((1 << 31) - 1)
     begins, width = 1, 0
 
     def watched() -> Iterator[str]:
