@@ -129,6 +129,19 @@ def test_a_folder_is_walked_in_order_and_skips_are_told(run, tmp_path, capsys):
     assert manifest["skipped_files"] == 2 and "skipped 2 hidden or other files" in capsys.readouterr().err
 
 
+def test_folders_that_link_to_each_other_are_read_once(run, tmp_path):
+    corpus = tmp_path / "corpus"
+    names = [f"f{k}" for k in range(6)]
+    for name in names:
+        (corpus / name).mkdir(parents=True)
+        (corpus / name / "a.txt").write_text(name, encoding="utf-8")
+    for name in names:  # each way through all of them would be walked: 6! and more
+        for other in names:
+            (corpus / name / f"to_{other}").symlink_to(corpus / other)
+    (corpus / "f0" / ".hidden").symlink_to(corpus / "f5")
+    assert sorted(run(corpus)[1]) == names
+
+
 def test_column_and_its_defaults(run, tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("document,text,body\n하나,둘,셋\n", encoding="utf-8")

@@ -95,10 +95,15 @@ def find_files(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
     for path in map(Path, paths):
         if path.is_dir():
             inside: list[Path] = []
+            walked: set[tuple[bool, Path]] = set()
             for folder, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
-                # A link to a folder above would be followed for ever.
-                here = Path(folder).resolve()
-                folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+                # Links to each other's folders would be followed for ever; a hidden one must not hide where it leads.
+                here = (_hidden(Path(folder).relative_to(path)), Path(folder).resolve())
+                if here in walked:
+                    folders.clear()
+                    continue
+                walked.add(here)
+                folders.sort()
                 inside += (Path(folder, name) for name in names)
             inside.sort()
             found = [file for file in inside if kind_of(file) and not _hidden(file.relative_to(path))]
