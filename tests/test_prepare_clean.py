@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -22,7 +23,7 @@ from disks import remount, small_disk
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine, pipeline
 from polyglot_jax.prepare.clean_report import LENGTHS, Histograms, Samples, Summary, _histogram
-from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
+from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner, _without_hidden
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
 from polyglot_jax.token_files import TokenFile
@@ -94,6 +95,31 @@ def test_steps(name, text, result):
     if name == "html":
         pytest.importorskip("resiliparse")
     assert step(name)(text) == result
+
+
+def test_comments_and_scripts_are_found_as_one_pattern_would():
+    pattern = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+    pieces = [
+        "<!--",
+        "-->",
+        "<script>",
+        "</SCRIPT >",
+        "<style a='b'>",
+        "</style>",
+        "<script",
+        ">",
+        "-",
+        "가",
+        "\n",
+        "<",
+    ]
+    generator = random.Random(6)
+    for _ in range(5000):
+        text = "".join(generator.choices(pieces, k=12))
+        assert _without_hidden(text) == pattern.sub("", text), text
+    for piece in ("<!-- 글 ", "<script> 글 ", "<style></script>"):  # of one that is closed, and 100,000 that are not
+        text = "<script></script><style></style><!-- -->" + piece * 100_000
+        assert _without_hidden(text) == piece * 100_000
 
 
 def test_unicode_is_mended():

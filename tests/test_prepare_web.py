@@ -149,6 +149,9 @@ def test_a_page_too_deep_for_the_extraction_is_taken_whole():
     """Nobody's page: with 50,000 in each other the search for the main text takes a minute."""
     menu = "<html><body><nav><a href='/'>처음으로 가기</a></nav>"
     shallow, deep = (html(menu + "<div>" * depth + "깊은 곳의 글") for depth in (DEEPEST // 2, 50 * DEEPEST))
+    for around in ("</div>" * 50 * DEEPEST + "<div>" * 50 * DEEPEST, "<ul>" + "<li>항목" * 2 * DEEPEST + "</ul>"):
+        taken = "처음으로" in html(menu + around + "깊은 곳의 글")
+        assert taken == ("</div>" in around)  # an end without a beginning is none, a list's elements are side by side
     assert "처음으로" not in shallow and "처음으로" in deep and "깊은 곳의 글" in deep
 
 

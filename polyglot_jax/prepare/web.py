@@ -27,7 +27,7 @@ _PAGE = re.compile(
     r"[\s\ufeff]*(?:<\?xml[^<>]*>\s*)?(?:(?><!--.*?-->)\s*)*<(?:!doctype\s+html|html|head|body)\b",
     re.DOTALL | re.IGNORECASE,
 )
-_NESTING = re.compile(r"<(/?)(?:div|section|article|table|ul|ol|li|blockquote|dl)\b", re.IGNORECASE)
+_NESTING = re.compile(r"<(/?)(?:div|section|article|table|ul|ol|blockquote|dl)\b", re.IGNORECASE)
 _SYLLABLE = re.compile(r"(>\s*[^\W\x00-\x7f])(\s*<)")
 _MARK = "\u2060"
 
@@ -169,7 +169,8 @@ def main_text() -> Callable[[str], str]:
     def function(page: str) -> str:
         # An element of one syllable would be taken for a bullet, being one character of no ASCII, and lost.
         marked = _SYLLABLE.sub(rf"\1{_MARK}\2", page)
-        nesting = accumulate((-1 if end else 1 for end in _NESTING.findall(page)), initial=0)
+        steps = (-1 if end else 1 for end in _NESTING.findall(page))
+        nesting = accumulate(steps, lambda depth, step: max(depth + step, 0), initial=0)
         text = extract_plain_text(marked, main_content=max(nesting) <= DEEPEST, list_bullets=False, alt_texts=False)
         return text.replace(_MARK, "")
 
