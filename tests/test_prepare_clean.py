@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -482,8 +483,39 @@ def test_two_workers_give_the_same_and_a_killed_one_is_replaced(clean, tmp_path)
             os.kill(os.getpid(), signal.SIGKILL)
 
     with engine.engine(2):
-        engine.run("dies", dies_once, 4, 2, tmp_path / "work")
+        engine.run("dies", dies_once, range(4), 2, tmp_path / "work")
     assert mark.exists() and len(list((tmp_path / "work" / "done" / "dies").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_the_file_whose_workers_keep_dying_is_named_and_the_function_is_sent_once(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    made, remote = [], ray.remote
+
+    def dies(rank):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ray, "remote", lambda **options: made.append(options) or remote(**options))
+    with engine.engine(2), pytest.raises(InputError, match=r"clean: b\.txt: its worker died 4 times"):
+        engine.run("clean", dies, ("a.txt", "b.txt", "c.txt"), 2, tmp_path / "work")
+    assert len(made) == 1
+
+
+def test_more_files_than_may_be_open_are_matched_or_refused_at_once(clean, tmp_path, monkeypatch):
+    files = [write(tmp_path / f"{k}.jsonl", story(k)) for k in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
+        clean(*files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (220, 220))
+    with pytest.raises(InputError, match=r"a file for each of text's 40 at once, and 220 are allowed"):
+        clean(*files, out="more")
+    assert not (tmp_path / "more.work").exists()
+    assert clean(*files, out="more", deduplicate=False)[1]["documents"] == 40
 
 
 def test_a_full_disk_is_said_and_once_there_is_room_the_run_goes_on(clean, tmp_path):

@@ -58,13 +58,16 @@ class Pipeline:
     def run(self, workers: int) -> None:
         """Make one shard of tokens for each file that any document is left of. Raises InputError for bad input."""
         Cleaner(self.cleaning)  # what is wrong with the settings is said before anything is read
+        if self.cleaning.deduplicate:
+            self._duplicates.check(len(self.files))
         self._claim()
         with engine.engine(workers):
-            engine.run("clean", self._clean, len(self.files), workers, self.work)
+            engine.run("clean", self._clean, self.files, workers, self.work)
             if self.cleaning.deduplicate:
-                engine.run("match", self._duplicates.match, self.cleaning.buckets, workers, self.work)
-                engine.run("cluster", self._duplicates.cluster, 1, workers, self.work)
-            engine.run("tokenise", self._tokenise, len(self.files), workers, self.work)
+                buckets = [f"bucket {bucket}" for bucket in range(self.cleaning.buckets)]
+                engine.run("match", self._duplicates.match, buckets, workers, self.work)
+                engine.run("cluster", self._duplicates.cluster, ["all buckets"], workers, self.work)
+            engine.run("tokenise", self._tokenise, self.files, workers, self.work)
 
     @cached_property
     def _duplicates(self) -> Duplicates:
