@@ -21,7 +21,7 @@ from polyglot_jax.config import InputError
 from polyglot_jax.prepare import corpus
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.corpus import TextCorpus
-from polyglot_jax.prepare.readers import LONGEST, ReaderConfig
+from polyglot_jax.prepare.readers import LONGEST, LONGEST_LINE, ReaderConfig
 from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
 from polyglot_jax.token_files import TokenFile, TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer, train_tokenizer
@@ -127,6 +127,19 @@ def test_a_folder_is_walked_in_order_and_skips_are_told(run, tmp_path, capsys):
     manifest, texts = run(corpus)
     assert texts == ["하나", "둘", "셋"]
     assert manifest["skipped_files"] == 2 and "skipped 2 hidden or other files" in capsys.readouterr().err
+
+
+def test_folders_that_link_to_each_other_are_read_once(run, tmp_path):
+    corpus = tmp_path / "corpus"
+    names = [f"f{k}" for k in range(6)]
+    for name in names:
+        (corpus / name).mkdir(parents=True)
+        (corpus / name / "a.txt").write_text(name, encoding="utf-8")
+    for name in names:  # each way through all of them would be walked: 6! and more
+        for other in names:
+            (corpus / name / f"to_{other}").symlink_to(corpus / other)
+    (corpus / "f0" / ".hidden").symlink_to(corpus / "f5")
+    assert sorted(run(corpus)[1]) == names
 
 
 def test_column_and_its_defaults(run, tmp_path):
@@ -295,9 +308,25 @@ def test_a_document_too_long_for_the_memory_is_a_bad_row(run, tmp_path, document
 
 def test_a_long_row_of_a_jsonl_is_not_taken_for_damage(run, tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text(JSONL + json.dumps({"text": "말" * LONGEST}, ensure_ascii=False) + "\n", encoding="utf-8")
+    long = [json.dumps({"text": "말" * (LONGEST + 1)}, ensure_ascii=False), "x" * (LONGEST_LINE + 1)]
+    file.write_text(JSONL + "".join(line + "\n" for line in long), encoding="utf-8")
     assert run(file)[1] == TEXTS
-    assert bad_rows(tmp_path / "out")[0]["reason"] == "longer than 16,777,216 characters"
+    reasons = [row["reason"] for row in bad_rows(tmp_path / "out")]
+    assert reasons == ["longer than 16,777,216 characters", "a line longer than 101,711,872 characters"]
+
+
+def test_a_row_of_a_jsonl_is_measured_without_its_escapes(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "말" * LONGEST}) + "\n", encoding="utf-8")
+    [text] = TextCorpus(ReaderConfig(text=(str(tmp_path / "a.jsonl"),))).documents(tmp_path / "bad", lambda size: None)
+    assert len(text) == LONGEST
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_long_field_of_a_csv_costs_no_other_row(run, tmp_path, quote):
+    (tmp_path / "a.csv").write_text(f"text\n하나\n{quote}{'말' * (LONGEST + 1)}{quote}\n둘\n", encoding="utf-8")
+    assert run(tmp_path / "a.csv")[1] == ["하나", "둘"]
+    [row] = bad_rows(tmp_path / "out")
+    assert (row["line"], row["reason"]) == (3, "longer than 16,777,216 characters")
 
 
 def memory(file, tokenizer, out):

@@ -5,10 +5,15 @@ import hashlib
 import itertools
 import json
 import os
+import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -17,9 +22,9 @@ from conftest import ROOT
 from disks import remount, small_disk
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare import engine
-from polyglot_jax.prepare.clean_report import Samples
-from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner
+from polyglot_jax.prepare import engine, pipeline
+from polyglot_jax.prepare.clean_report import LENGTHS, Histograms, Samples, Summary, _histogram
+from polyglot_jax.prepare.cleaning import STEPS, CleanConfig, Cleaner, _without_hidden
 from polyglot_jax.prepare.command import PrepareConfig, prepare
 from polyglot_jax.prepare.readers import ReaderConfig, Source, read_rows
 from polyglot_jax.token_files import TokenFile
@@ -93,6 +98,31 @@ def test_steps(name, text, result):
     assert step(name)(text) == result
 
 
+def test_comments_and_scripts_are_found_as_one_pattern_would():
+    pattern = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+    pieces = [
+        "<!--",
+        "-->",
+        "<script>",
+        "</SCRIPT >",
+        "<style a='b'>",
+        "</style>",
+        "<script",
+        ">",
+        "-",
+        "가",
+        "\n",
+        "<",
+    ]
+    generator = random.Random(6)
+    for _ in range(5000):
+        text = "".join(generator.choices(pieces, k=12))
+        assert _without_hidden(text) == pattern.sub("", text), text
+    for piece in ("<!-- 글 ", "<script> 글 ", "<style></script>"):  # of one that is closed, and 100,000 that are not
+        text = "<script></script><style></style><!-- -->" + piece * 100_000
+        assert _without_hidden(text) == piece * 100_000
+
+
 def test_unicode_is_mended():
     pytest.importorskip("ftfy")
     mend = step("unicode")
@@ -107,6 +137,9 @@ def test_lists_of_words_and_markers(tmp_path):
     assert step("bad_words", bad_words=str(tmp_path / "bad.txt"))("이것은 나쁜말이다") is None
     assert step("bad_words", bad_words=str(tmp_path / "bad.txt"))("광고와") == "광고와"
     assert step("spam", spam_markers=str(tmp_path / "bad.txt"))("가나 광고.라") == "가나"
+    decomposed = unicodedata.normalize("NFD", "나쁜말\n")
+    (tmp_path / "nfd.txt").write_text(decomposed, encoding="utf-8-sig")  # a mark first, as Windows has it
+    assert step("bad_words", bad_words=str(tmp_path / "nfd.txt"))("이것은 나쁜말이다") is None
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"cleaning\.bad_words=.*empty\.txt: is empty; leave the flag out"):
         step("bad_words", bad_words=str(tmp_path / "empty.txt"))
@@ -298,10 +331,63 @@ def test_the_tasks_of_a_process_share_one_tokenizer(clean, tmp_path, monkeypatch
     assert len(used) == 3 and len(set(map(id, used))) == 1
 
 
+def test_old_work_that_is_half_deleted_is_deleted_and_not_gone_on_with(clean, tmp_path, monkeypatch):
+    file, real, unlink, gone = write(tmp_path / "a.jsonl", story(1), story(2)), shutil.rmtree, os.unlink, []
+
+    def stops(*path, **settings):
+        gone.append(path)
+        if len(gone) == 20:
+            raise KeyboardInterrupt
+        unlink(*path, **settings)
+
+    def rmtree(path, **settings):
+        with monkeypatch.context() as patch:
+            if ".work" in str(path):
+                patch.setattr(os, "unlink", stops)
+            real(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        clean(file)
+    monkeypatch.undo()
+    assert (tmp_path / "out.work" / "claim").read_text() == ""
+    shutil.rmtree(tmp_path / "out")
+    assert len(clean(file)[2]) == 2 and not (tmp_path / "out.work").exists()
+
+
+def test_bars_of_a_histogram_are_never_longer_than_their_column():
+    summary, before, after = Summary(), Histograms(), Histograms()
+    for length in (100, 1000, 10_000):
+        before.add("가" * length)
+        after.add("가" * 100)
+    summary.histograms = {"before": before.counts, "after": after.counts}
+    page = _histogram(summary, "length", list(map(str, range(len(LENGTHS) + 1))))
+    assert max(map(float, re.findall(r"width:([\d.]+)%", page))) == 100
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_a_result_in_a_folder_that_is_read_is_refused(tmp_path, tokenizer, cleaned):
+    write(tmp_path / "corpus" / "a.jsonl", story(1))
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    out = str(tmp_path / "link" / "new" / "out")
+    with pytest.raises(InputError, match=r"out=.*out: lies in text=.*corpus, where it would be read"):
+        prepare(PrepareConfig(text=(str(tmp_path / "corpus"),), tokenizer=str(tokenizer), out=out, clean=cleaned))
+    assert [file.name for file in (tmp_path / "corpus").iterdir()] == ["a.jsonl"]
+
+
 def test_nothing_left_says_what_dropped_it(clean, tmp_path):
     with pytest.raises(InputError, match=r"no document is left of 2; .*length 2"):
         clean(write(tmp_path / "a.jsonl", "하나", "둘"))
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_left_says_what_was_damaged(clean, tmp_path, capsys):
+    (tmp_path / "bad.txt").write_bytes("가나다라\n".encode("cp949") * 3)
+    with pytest.raises(InputError, match=r"no document could be read in 1 files: .*bad\.txt: 3 of 3 rows are bad"):
+        clean(tmp_path / "bad.txt")
+    with pytest.raises(InputError, match=r"no document is left of 1; .*length 1"):
+        clean(tmp_path / "bad.txt", write(tmp_path / "a.jsonl", "하나"))
+    assert capsys.readouterr().err.count("damaged: ") == 2
 
 
 def test_a_run_that_stops_goes_on_and_gives_the_same(clean, tmp_path, monkeypatch):
@@ -337,6 +423,24 @@ def test_other_settings_do_not_go_on_with_old_work(clean, tmp_path, monkeypatch)
         clean(*files)
     monkeypatch.undo()
     assert len(clean(*files, min_length=5)[2]) == 3
+    monkeypatch.setattr(engine, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    bad = tmp_path / "bad.txt"
+    bad.write_text("이런말", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        clean(*files, out="listed", bad_words=str(bad))
+    keys = [(tmp_path / "listed.work" / "claim").read_text()]
+    bad.write_text("나무를", encoding="utf-8")  # the same path, another list
+    with pytest.raises(KeyboardInterrupt):
+        clean(*files, out="listed", bad_words=str(bad))
+    monkeypatch.setattr(pipeline, "WORK_VERSION", pipeline.WORK_VERSION + 1)
+    keys.append((tmp_path / "listed.work" / "claim").read_text())
+    with pytest.raises(KeyboardInterrupt):
+        clean(*files, out="listed", bad_words=str(bad))
+    keys.append((tmp_path / "listed.work" / "claim").read_text())
+    assert len(set(keys)) == 3
+    monkeypatch.undo()
+    manifest = clean(*files, out="listed", min_length=5, bad_words=str(bad))[1]
+    assert manifest["cleaning"]["lists_sha256"] == {"bad_words": hashlib.sha256("나무를".encode()).hexdigest()}
     (tmp_path / "new.work").mkdir()
     with pytest.raises(InputError, match=r"new\.work: is in the way"):
         clean(*files, out="new")
@@ -379,8 +483,39 @@ def test_two_workers_give_the_same_and_a_killed_one_is_replaced(clean, tmp_path)
             os.kill(os.getpid(), signal.SIGKILL)
 
     with engine.engine(2):
-        engine.run("dies", dies_once, 4, 2, tmp_path / "work")
+        engine.run("dies", dies_once, range(4), 2, tmp_path / "work")
     assert mark.exists() and len(list((tmp_path / "work" / "done" / "dies").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_the_file_whose_workers_keep_dying_is_named_and_the_function_is_sent_once(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    made, remote = [], ray.remote
+
+    def dies(rank):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ray, "remote", lambda **options: made.append(options) or remote(**options))
+    with engine.engine(2), pytest.raises(InputError, match=r"clean: b\.txt: its worker died 4 times"):
+        engine.run("clean", dies, ("a.txt", "b.txt", "c.txt"), 2, tmp_path / "work")
+    assert len(made) == 1
+
+
+def test_more_files_than_may_be_open_are_matched_or_refused_at_once(clean, tmp_path, monkeypatch):
+    files = [write(tmp_path / f"{k}.jsonl", story(k)) for k in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
+        clean(*files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (220, 220))
+    with pytest.raises(InputError, match=r"a file for each of text's 40 at once, and 220 are allowed"):
+        clean(*files, out="more")
+    assert not (tmp_path / "more.work").exists()
+    assert clean(*files, out="more", deduplicate=False)[1]["documents"] == 40
 
 
 def test_a_full_disk_is_said_and_once_there_is_room_the_run_goes_on(clean, tmp_path):

@@ -1,10 +1,15 @@
 """Web archives and pages: which records are read, in which encoding, and what of a page is its text."""
 
+import functools
 import gzip
+import itertools
 import json
+import random
 import sys
+from importlib.util import find_spec
 
 import pytest
+import zstandard
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare.cleaning import STEPS, CleanConfig
@@ -55,6 +60,9 @@ def record(page, kind="response", status="200 OK", http=f"Content-Type: {HTML}\r
     return b"WARC/1.0\r\n" + "".join(f"{k}: {v}\r\n" for k, v in head.items()).encode() + b"\r\n" + body + b"\r\n\r\n"
 
 
+PACKED = f"Content-Type: {HTML}\r\nContent-Encoding: gzip\r\n"
+
+
 def rows(path):
     return list(read_rows(path, Source(path, lambda size: None), ReaderConfig(text=(str(path),))))
 
@@ -65,17 +73,16 @@ def html(text):
 
 def test_pages_are_read_and_other_records_left_out(tmp_path):
     chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BOARD.encode()[:99], BOARD.encode()[99:], b""))
-    packed = f"Content-Type: {HTML}\r\nContent-Encoding: gzip\r\n"
     content = [
         record("software: none\r\n", "warcinfo"),
         record("GET / HTTP/1.1\r\n\r\n", "request"),
         record(NEWS),
         record("그런 쪽은 없습니다", status="404 Not Found"),
         record(b"\x89PNG", http="Content-Type: image/png\r\n"),
-        record(gzip.compress(BOARD.encode()), http=packed),
+        record(gzip.compress(BOARD.encode()), http=PACKED),
         record(chunked, http=f"Content-Type: {HTML}\r\nTransfer-Encoding: chunked\r\n"),
         record("이미 글인 것", "conversion"),
-        record(gzip.compress(BOARD.encode()) + b"\0" * 100_000, http=packed),
+        record(gzip.compress(BOARD.encode()) + b"\0" * 100_000, http=PACKED),
     ]
     found = [(3, NEWS), (6, BOARD), (7, BOARD), (8, "이미 글인 것"), (9, BOARD)]
     for name, data in (
@@ -142,6 +149,9 @@ def test_a_page_too_deep_for_the_extraction_is_taken_whole():
     """Nobody's page: with 50,000 in each other the search for the main text takes a minute."""
     menu = "<html><body><nav><a href='/'>처음으로 가기</a></nav>"
     shallow, deep = (html(menu + "<div>" * depth + "깊은 곳의 글") for depth in (DEEPEST // 2, 50 * DEEPEST))
+    for around in ("</div>" * 50 * DEEPEST + "<div>" * 50 * DEEPEST, "<ul>" + "<li>항목" * 2 * DEEPEST + "</ul>"):
+        taken = "처음으로" in html(menu + around + "깊은 곳의 글")
+        assert taken == ("</div>" in around)  # an end without a beginning is none, a list's elements are side by side
     assert "처음으로" not in shallow and "처음으로" in deep and "깊은 곳의 글" in deep
 
 
@@ -186,6 +196,60 @@ def test_damaged_archives(tmp_path, name, data, message):
         rows(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["plain", "members", "whole"])
+def test_no_damage_is_anything_but_an_input_error_and_no_cut_is_silent(tmp_path, kind):
+    records = [record("software: none\r\n", "warcinfo")]
+    for k in range(4):
+        packed = record(gzip.compress(BOARD.encode() * (k + 1), mtime=0), http=PACKED)
+        records += [record(NEWS), packed, record(f"글 {k}", "conversion")]
+    pack = functools.partial(gzip.compress, mtime=0)
+    whole = {"plain": b"".join(records), "members": b"".join(map(pack, records)), "whole": pack(b"".join(records))}
+    path = tmp_path / ("a.warc" if kind == "plain" else "a.warc.gz")
+    path.write_bytes(whole[kind])
+    expected, ends = rows(path), list(itertools.accumulate(map(len, records)))
+    assert len(expected) == 12
+    generator, errors = random.Random(6), 0
+    for _ in range(300):
+        data, at = bytearray(whole[kind]), generator.randrange(1, len(whole[kind]))
+        how = generator.choice(["flip", "cut", "delete", "insert", "zero"])
+        size = generator.randrange(1, 50)
+        if how == "flip":
+            data[at] ^= 1 << generator.randrange(8)
+        elif how == "insert":
+            data[at:at] = generator.randbytes(size)
+        else:
+            data[at : None if how == "cut" else at + size] = bytes(size) if how == "zero" else b""
+        path.write_bytes(data)
+        try:
+            found = rows(path)
+        except InputError as error:
+            assert "damaged or" in str(error)
+            errors += 1
+            continue
+        if kind != "plain":
+            assert found == expected  # a packed file has checksums
+        elif how == "cut":
+            assert min(end - at for end in ends if end >= at) <= 4  # in the blank lines between two records
+    assert errors > 100
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (b"Content-Length", b"Content-L\0ngth", "record 2 has no WARC-Type or no Content-Length"),
+        (b"Content-Length: ", b"Content-Length: -", "record 2 has no WARC-Type or no Content-Length"),
+        (b"WARC-Type", b"WARC-Tyqe", "record 2 has no WARC-Type or no Content-Length"),
+        (b"WARC-Date", b"\r\nWARC-Date", "record 2 has no WARC-Type or no Content-Length"),
+        (b"WARC-Target-URI:", b"WARC-Target-URI ", "record 2 has no WARC-Target-URI"),
+        (b"</html>", b"</html><!-- more than its head says -->", "record 2 does not end where its head says"),
+    ],
+)
+def test_damaged_heads(tmp_path, old, new, message):
+    (tmp_path / "a.warc").write_bytes(record(NEWS) + record(NEWS).replace(old, new, 1) + record(NEWS))
+    with pytest.raises(InputError, match=rf"a\.warc: damaged or no web archive \(.*{message}"):
+        rows(tmp_path / "a.warc")
+
+
 def test_only_cleaning_reads_archives(tmp_path):
     (tmp_path / "a.warc").write_bytes(record(NEWS))
     with pytest.raises(InputError, match=r"a\.warc: holds pages, not text; only `prepare --clean`"):
@@ -213,3 +277,28 @@ def test_a_body_that_cannot_be_unpacked_costs_no_other(tmp_path):
     (tmp_path / "a.warc").write_bytes(packed + record(NEWS))
     [bad, good] = rows(tmp_path / "a.warc")
     assert good.text == NEWS and bad.problem == "page" and bad.reason.startswith("http://b.kr/: ")
+
+
+def test_pages_packed_by_what_warcio_does_not_unpack(tmp_path, monkeypatch):
+    heads = {name: f"Content-Type: {HTML}\r\nContent-Encoding: {name}\r\n" for name in ("zstd", "br")}
+    page = zstandard.compress(NEWS.encode())
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(page), page)
+    data = record(page, http=heads["zstd"]) + record(chunks, http=heads["zstd"] + "Transfer-Encoding: chunked\r\n")
+    bomb = zstandard.compress(b"a" * (2 * LONGEST))
+    (tmp_path / "a.warc").write_bytes(data + record(bomb, http=heads["zstd"]))
+    *good, long = rows(tmp_path / "a.warc")
+    assert [row.text for row in good] == [NEWS, NEWS] and long.problem == "length"
+
+    if find_spec("brotli"):
+        import brotli
+
+        (tmp_path / "a.warc").write_bytes(record(brotli.compress(NEWS.encode()), http=heads["br"]))
+        assert [row.text for row in rows(tmp_path / "a.warc")] == [NEWS]
+        (tmp_path / "a.warc").write_bytes(record(brotli.compress(b"a" * (2 * LONGEST)), http=heads["br"]))
+        assert [row.problem for row in rows(tmp_path / "a.warc")] == ["length"]
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    (tmp_path / "a.warc").write_bytes(record(b"packed", http=heads["br"]))
+    [bad] = rows(tmp_path / "a.warc")
+    assert bad.problem == "page" and "from 'br' (needs brotli 1.2 or later, which pip installs)" in bad.reason
+    (tmp_path / "a.warc").write_bytes(record(b"\xff\x80" * 99, http=heads["br"].replace("br", "xz")))
+    assert rows(tmp_path / "a.warc")[0].reason.endswith(", which is packed as 'xz'")

@@ -67,7 +67,7 @@ def write_report(path: Path, summary: Summary, masks: dict[str, str], documents:
 
 def _histogram(summary: Summary, name: str, bins: Sequence[str]) -> str:
     before, after = summary.histograms["before"][name], summary.histograms["after"][name]
-    most = max(*before, 1)
+    most = max(*before, *after, 1)
     rows = (
         f"<tr><td>{label}<td>{old:,}<td>{new:,}{_bars([old / most, new / most])}"
         for label, old, new in zip(bins, before, after, strict=True)

@@ -6,6 +6,7 @@ The thresholds are those of EleutherAI/dps, the preparation of Polyglot-Ko, at i
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 import time
@@ -140,10 +141,25 @@ def _html(config: CleanConfig) -> Step:
         if "<" in text:
             if is_page(text):
                 return extract(text)
-            text = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", text)))
+            text = _TAG.sub("", _BREAK.sub("\n", _without_hidden(text)))
         return html.unescape(text) if "&" in text else text
 
     return step
+
+
+def _without_hidden(text: str) -> str:
+    """Without comments, scripts and styles; one that is never closed stays, and its end is looked for only once."""
+    left, end, never = [], 0, set()
+    for begin in _HIDDEN.finditer(text):
+        name = (begin[1] or "").lower()
+        if begin.start() < end or name in never:
+            continue
+        if close := _ENDS[name].search(text, begin.end()):
+            left.append(text[end : begin.start()])
+            end = close.end()
+        else:
+            never.add(name)
+    return "".join(left) + text[end:]
 
 
 def _emoticons(config: CleanConfig) -> Step:
@@ -250,11 +266,19 @@ def korean_share(text: str) -> float:
     return float(korean.sum()) / max(len("".join(text.split())), 1)
 
 
+def list_hashes(config: CleanConfig) -> dict[str, str]:
+    """SHA-256 of the lines that the steps read from lists: a file may change under the same name."""
+    paths = {"spam_markers": config.spam_markers, "bad_words": config.bad_words}
+    read = {name: path for name, path in paths.items() if path and name.removesuffix("_markers") in config.steps}
+    return {name: hashlib.sha256("\n".join(_lines(path, name)).encode()).hexdigest() for name, path in read.items()}
+
+
 def _lines(path: str, name: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))  # as documents are
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cleaning.{name}={path}: cannot be read as UTF-8 text ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"cleaning.{name}={path}: is empty; leave the flag out, or put one text on each line")
     return lines
@@ -286,7 +310,8 @@ _TAGS = (
     "|meta|nav|noscript|object|ol|option|p|param|pre|s|section|select|small|source|span|strike|strong|style|sub|sup"
     "|table|tbody|td|textarea|tfoot|th|thead|time|title|tr|u|ul|video"
 )
-_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>|<!--", re.IGNORECASE)
+_ENDS = {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style")} | {"": re.compile("-->")}
 _BREAK = re.compile(r"</?(?:br|p|div|li|tr|h[1-6])\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _RUN = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{2,}|([ㄱ-ㅎㅏ-ㅣ]{2})\2{2,}|([!?.,;~^])\3{3,}")

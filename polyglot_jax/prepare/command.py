@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from tokenizers import __version__ as tokenizers_version
 
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare.clean_report import Summary, write_report
-from polyglot_jax.prepare.cleaning import CleanConfig
+from polyglot_jax.prepare.cleaning import CleanConfig, list_hashes
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.folder import result_folder, write_manifest
 from polyglot_jax.prepare.personal_data import mask, replacements
@@ -66,6 +65,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     The token files are those of GPT-NeoX's `preprocess_data.py --append-eod` for the same texts. The same inputs give
     the same bytes. Raises InputError for bad input, and then leaves `out` as it was.
     """
+    for text in config.text:
+        if Path(text).resolve() in Path(config.out).resolve().parents:
+            raise InputError(f"out={config.out}: lies in text={text}, where it would be read as text; choose another")
     tokenizer = Tokenizer.load(config.tokenizer)
     corpus = TextCorpus(config, pages=config.clean)
     masks = replacements(tokenizer.vocabulary) if config.mask_personal_data else {}
@@ -97,8 +99,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             "tokenizers": tokenizers_version,
         }
         write_manifest(folder, manifest)
-    if config.clean:
-        shutil.rmtree(_work(config))
+    if isinstance(source, _Cleaned):
+        source.pipeline.remove()
     print(
         f"{config.out}: {writer.documents:,} documents, {writer.tokens:,} tokens; "
         f"left out: {manifest['bad_rows']:,} bad rows, {manifest['empty_rows']:,} empty ones"
@@ -144,7 +146,7 @@ class _Cleaned:
     """What the pipeline leaves of them; the methods are those of _Plain."""
 
     def __init__(self, config: PrepareConfig, corpus: TextCorpus, tokenizer: Tokenizer, masks: dict[str, str]) -> None:
-        self.config, self.summary = config, Summary()
+        self.config, self.summary, self.lists = config, Summary(), list_hashes(config.cleaning)
         reader = ReaderConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ReaderConfig)})
         self.pipeline = Pipeline(reader, config.cleaning, tuple(corpus.files), config.tokenizer, _work(config), masks)
 
@@ -158,14 +160,16 @@ class _Cleaned:
         summary = self.summary
         if not summary.total("bad_rows"):
             (folder / "bad_rows.jsonl").unlink()
+        for damage in summary.damaged:
+            print(f"damaged: {damage}", file=sys.stderr)
+        if summary.damaged and not summary.total("documents"):
+            raise InputError(f"no document could be read in {len(summary.inputs)} files: {summary.damaged[0]}")
         if not writer.documents:
             raise InputError(
                 f"text={', '.join(self.config.text)}: no document is left of {summary.total('documents')}; "
                 f"see what the steps of --cleaning.steps drop: {summary.dropped_by()}"
             )
         write_report(folder / "report.html", summary, self.pipeline.masks, writer.documents, writer.tokens)
-        for damage in summary.damaged:
-            print(f"damaged: {damage}", file=sys.stderr)
         print(f"dropped: {summary.dropped_by()}; {summary.totals['removed']:,} duplicates")
         return {
             "characters": summary.totals["characters"],
@@ -181,6 +185,7 @@ class _Cleaned:
                 },
                 "duplicates": summary.totals["removed"],
                 "damaged": summary.damaged,
+                "lists_sha256": self.lists,
             },
             "inputs": summary.inputs,
         }

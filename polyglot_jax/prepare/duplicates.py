@@ -7,8 +7,10 @@ and bucket, and are merged from there. Only the clusters are held in memory.
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import struct
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +26,17 @@ try:
     from datatrove.utils.word_tokenizers import WordTokenizer
 except ImportError as error:
     raise InputError("cleaning.deduplicate: needs datatrove; pip install -r requirements-corpus.txt") from error
+
+OTHER_FILES = 200
+"""Files that a process has open besides: libraries, Ray's sockets."""
+
+
+def _raised_limit() -> int:
+    """How many files this process may open, raised as far as it may raise that itself."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most if most != resource.RLIM_INFINITY else sys.maxsize
 
 
 class _Words(WordTokenizer):
@@ -57,6 +70,14 @@ class Duplicates:
         self.config = minhash.MinhashConfig(config.shingle_words, config.buckets, config.bucket_hashes)
         logger.remove()  # datatrove would log every task to stderr
 
+    def check(self, files: int) -> None:
+        """Raises InputError when a process may not open the signatures of so many files at once."""
+        if files + OTHER_FILES > (most := _raised_limit()):
+            raise InputError(
+                f"cleaning.deduplicate: opens a file for each of text's {files:,} at once, and {most:,} are allowed "
+                "(ulimit -Hn): raise that, join the files to fewer, or pass --cleaning.no-deduplicate"
+            )
+
     def sign(self, rank: int, texts: Iterable[str]) -> None:
         """Write the signatures of the documents of task `rank`."""
         step = _Signatures(str(self.work / "signatures"), self.config, language=_Words())
@@ -65,6 +86,7 @@ class Duplicates:
 
     def match(self, bucket: int) -> None:
         """Find the pairs that agree in a bucket."""
+        _raised_limit()
         files = sum(1 for _ in (self.work / "signatures" / f"bucket_{bucket:03d}").iterdir())
         minhash.MinhashDedupBuckets(
             str(self.work / "signatures"), str(self.work / "pairs"), config=self.config, only_dedup_in_index=False,

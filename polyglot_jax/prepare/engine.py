@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,21 +35,24 @@ def engine(workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def run(name: str, function: Callable[[int], None], tasks: int, workers: int, work: Path) -> None:
-    """Call `function` with 0 to tasks - 1, but for those that an earlier run finished, inside `engine(workers)`.
+def run(name: str, function: Callable[[int], None], tasks: Sequence[object], workers: int, work: Path) -> None:
+    """Call `function` with the number of each task, but for those that an earlier run finished, in `engine(workers)`.
+
+    tasks  what each is about, as an error names it
 
     `function` must give the same files whenever it is called. With several workers it is pickled, and the folder
-    `work` must be one that all of them see. The first exception ends the run.
+    `work` must be one that all of them see. The first exception ends the run: that of a task, or InputError for one
+    whose workers keep dying.
     """
     done = work / "done" / name
     done.mkdir(parents=True, exist_ok=True)
-    left = [rank for rank in range(tasks) if not (done / str(rank)).exists()]
+    left = [rank for rank in range(len(tasks)) if not (done / str(rank)).exists()]
 
     def task(rank: int) -> None:
         function(rank)
         (done / str(rank)).touch()
 
-    with tqdm(total=tasks, initial=tasks - len(left), desc=name, unit="tasks") as bar:
+    with tqdm(total=len(tasks), initial=len(tasks) - len(left), desc=name, unit="tasks") as bar:
         if workers == 1:
             for rank in left:
                 task(rank)
@@ -57,11 +60,18 @@ def run(name: str, function: Callable[[int], None], tasks: int, workers: int, wo
             return
         import ray
 
-        waiting = [ray.remote(num_cpus=1, max_retries=RETRIES)(task).remote(rank) for rank in left]
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(task)  # pickled and sent once, with the list of all files
+        ranks = {remote.remote(rank): rank for rank in left}
+        waiting = list(ranks)
         while waiting:
-            ready, waiting = ray.wait(waiting)
+            [ready], waiting = ray.wait(waiting)
             try:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # the task's own, as it would come from one process
-            bar.update(len(ready))
+            except ray.exceptions.RayError as error:
+                raise InputError(
+                    f"{name}: {tasks[ranks[ready]]}: its worker died {RETRIES + 1} times ({type(error).__name__}); if "
+                    "memory was short, pass fewer --workers or split the file; the same command goes on where it was"
+                ) from error
+            bar.update()

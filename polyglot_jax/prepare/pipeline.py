@@ -23,7 +23,7 @@ import numpy as np
 from polyglot_jax.config import InputError
 from polyglot_jax.prepare import engine
 from polyglot_jax.prepare.clean_report import Histograms, Samples, Summary
-from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner
+from polyglot_jax.prepare.cleaning import CleanConfig, Cleaner, list_hashes
 from polyglot_jax.prepare.corpus import TextCorpus, token_ids
 from polyglot_jax.prepare.personal_data import KINDS, mask
 from polyglot_jax.prepare.readers import MissingLibrary, ReaderConfig
@@ -33,6 +33,8 @@ from polyglot_jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from polyglot_jax.prepare.duplicates import Duplicates
 
+WORK_VERSION = 1
+"""To be raised with any change of what the tasks write: they do not go on with the work of other versions."""
 SHOWN = 300
 """Characters of a sample that are shown."""
 
@@ -56,13 +58,16 @@ class Pipeline:
     def run(self, workers: int) -> None:
         """Make one shard of tokens for each file that any document is left of. Raises InputError for bad input."""
         Cleaner(self.cleaning)  # what is wrong with the settings is said before anything is read
+        if self.cleaning.deduplicate:
+            self._duplicates.check(len(self.files))
         self._claim()
         with engine.engine(workers):
-            engine.run("clean", self._clean, len(self.files), workers, self.work)
+            engine.run("clean", self._clean, self.files, workers, self.work)
             if self.cleaning.deduplicate:
-                engine.run("match", self._duplicates.match, self.cleaning.buckets, workers, self.work)
-                engine.run("cluster", self._duplicates.cluster, 1, workers, self.work)
-            engine.run("tokenise", self._tokenise, len(self.files), workers, self.work)
+                buckets = [f"bucket {bucket}" for bucket in range(self.cleaning.buckets)]
+                engine.run("match", self._duplicates.match, buckets, workers, self.work)
+                engine.run("cluster", self._duplicates.cluster, ["all buckets"], workers, self.work)
+            engine.run("tokenise", self._tokenise, self.files, workers, self.work)
 
     @cached_property
     def _duplicates(self) -> Duplicates:
@@ -73,18 +78,29 @@ class Pipeline:
     def _claim(self) -> None:
         """Begin in the folder `work`, or go on if what it holds is of the same files and settings."""
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        settings = (dataclasses.asdict(self.reader), dataclasses.asdict(self.cleaning), self.masks)
+        settings = (
+            dataclasses.asdict(self.reader), dataclasses.asdict(self.cleaning), list_hashes(self.cleaning), self.masks
+        )  # fmt: skip
         tokenizer = Tokenizer.load(self.tokenizer).sha256
-        key = hashlib.sha256(json.dumps([stats, settings, tokenizer]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([WORK_VERSION, stats, settings, tokenizer]).encode()).hexdigest()
         claim = self.work / "claim"
         if claim.is_file() and claim.read_text() == key:
             return
         if self.work.exists():
             if not claim.is_file():
                 raise InputError(f"{self.work}: is in the way and was not made by this command; move it away")
-            shutil.rmtree(self.work)
+            self.remove()
         self.work.mkdir(parents=True)
         claim.write_text(key)
+
+    def remove(self) -> None:
+        """Delete the folder `work`. Stopped half way, what is left is still known as its own, and not gone on with."""
+        claim = self.work / "claim"
+        claim.write_text("")
+        for folder in ("done", "documents", "duplicates", "shards"):
+            shutil.rmtree(self.work / folder, ignore_errors=True)
+        claim.unlink()
+        shutil.rmtree(self.work)
 
     def _clean(self, rank: int) -> None:
         """One file: its documents cleaned and masked, their signatures, and a report."""

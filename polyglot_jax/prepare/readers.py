@@ -30,6 +30,8 @@ ARCHIVES = (".warc", ".wet")
 """Kinds that hold pages of the web."""
 LONGEST = 1 << 24
 """Characters of a document, or bytes of a page, above which a row is bad: the tokenizer takes 200 bytes for each."""
+LONGEST_LINE = 6 * LONGEST + (1 << 20)
+"""Characters of a line of a .jsonl above which it is not read: LONGEST as escapes like \\ud55c, and other keys."""
 DEFAULT_COLUMNS = ("text", "document")
 
 Problem = Literal["encoding", "json", "column", "fields", "page", "length"]
@@ -93,10 +95,15 @@ def find_files(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
     for path in map(Path, paths):
         if path.is_dir():
             inside: list[Path] = []
+            walked: set[tuple[bool, Path]] = set()
             for folder, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
-                # A link to a folder above would be followed for ever.
-                here = Path(folder).resolve()
-                folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+                # Links to each other's folders would be followed for ever; a hidden one must not hide where it leads.
+                here = (_hidden(Path(folder).relative_to(path)), Path(folder).resolve())
+                if here in walked:
+                    folders.clear()
+                    continue
+                walked.add(here)
+                folders.sort()
                 inside += (Path(folder, name) for name in names)
             inside.sort()
             found = [file for file in inside if kind_of(file) and not _hidden(file.relative_to(path))]
@@ -153,6 +160,15 @@ class Source(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+DAMAGES = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+"""What reading a packed file raises when it is damaged."""
+
+
+def damaged(path: Path, reason: object) -> InputError:
+    """The error for a packed file or an archive that is damaged."""
+    return InputError(f"{path}: damaged or truncated archive ({reason}); copy or download it again")
 
 
 class _Zstd(io.RawIOBase):
@@ -227,8 +243,8 @@ def read_rows(path: Path, source: Source, config: ReaderConfig) -> Iterator[Row]
                 yield from _jsonl_rows(lines, config)
             else:
                 yield from _table_rows(path, lines, "," if kind == ".csv" else "\t", config)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise InputError(f"{path}: damaged or truncated archive ({error}); copy or download it again") from error
+        except DAMAGES as error:
+            raise damaged(path, error) from error
         except UnicodeError as error:
             raise InputError(f"{path}: encoding={config.encoding}: {error}; pass the one it is in") from error
 
@@ -257,23 +273,23 @@ def _txt_rows(lines: IO[str], documents: str) -> Iterator[Row]:
             yield Row(start, "".join(paragraph).rstrip("\n"))
 
 
-def _bounded(lines: IO[str]) -> Iterator[str]:
-    """The lines; of one that is longer than LONGEST only so much that this can be seen."""
-    while line := lines.readline(LONGEST + 1):
+def _bounded(lines: IO[str], longest: int = LONGEST) -> Iterator[str]:
+    """The lines; of one that is longer than `longest` only so much that this can be seen."""
+    while line := lines.readline(longest + 1):
         rest = line
-        while len(rest) > LONGEST and not rest.endswith("\n"):
-            rest = lines.readline(LONGEST + 1)
+        while len(rest) > longest and not rest.endswith("\n"):
+            rest = lines.readline(longest + 1)
         yield line
 
 
 def _jsonl_rows(lines: IO[str], config: ReaderConfig) -> Iterator[Row]:
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
-    for number, line in enumerate(_bounded(lines), 1):
+    for number, line in enumerate(_bounded(lines, LONGEST_LINE), 1):
         if not line.strip():
             yield Row(number)
             continue
-        if len(line) > LONGEST:
-            yield Row(number, line)
+        if len(line) > LONGEST_LINE:
+            yield Row(number, problem="length", reason=f"a line longer than {LONGEST_LINE:,} characters")
             continue
         try:
             value = json.loads(line)
@@ -323,8 +339,8 @@ def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, l
     run of such lines must not reach 20. Five columns show it within 5 lines; two, of prose with a comma in it perhaps,
     within 20. With one column there is only the cap of 1,000 lines.
     """
-    # The module's limit of 131,072 characters would refuse long documents.
-    csv.field_size_limit(LONGEST)
+    # The module's limit of 131,072 characters would refuse long documents, and end the file at one above LONGEST.
+    csv.field_size_limit((1 << 31) - 1)
     begins, width = 1, 0
 
     def watched() -> Iterator[str]:

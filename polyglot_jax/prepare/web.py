@@ -7,10 +7,15 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+import zstandard
 
 from polyglot_jax.config import InputError
-from polyglot_jax.prepare.readers import LONGEST, MissingLibrary, Row
+from polyglot_jax.prepare.readers import DAMAGES, LONGEST, MissingLibrary, Row, damaged
+
+if TYPE_CHECKING:
+    from warcio.recordloader import ArcWarcRecord
 
 DEEPEST = 1000
 """Elements of a kind inside each other, above which Resiliparse's time, which grows with their square, is seconds."""
@@ -22,7 +27,7 @@ _PAGE = re.compile(
     r"[\s\ufeff]*(?:<\?xml[^<>]*>\s*)?(?:(?><!--.*?-->)\s*)*<(?:!doctype\s+html|html|head|body)\b",
     re.DOTALL | re.IGNORECASE,
 )
-_NESTING = re.compile(r"<(/?)(?:div|section|article|table|ul|ol|li|blockquote|dl)\b", re.IGNORECASE)
+_NESTING = re.compile(r"<(/?)(?:div|section|article|table|ul|ol|blockquote|dl)\b", re.IGNORECASE)
 _SYLLABLE = re.compile(r"(>\s*[^\W\x00-\x7f])(\s*<)")
 _MARK = "\u2060"
 
@@ -38,42 +43,97 @@ def page_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
         from warcio.exceptions import ArchiveLoadFailed
     except ImportError as error:
         raise MissingLibrary(f"{path}: web archives need warcio; pip install -r requirements-corpus.txt") from error
+    # Left to itself, warcio takes an answer that ends before its head for the end of the archive.
+    archive = ArchiveIterator(_Unpacked(path, stream), no_record_parse=True)
     try:
-        for number, record in enumerate(ArchiveIterator(stream), 1):
+        for number, record in enumerate(archive, 1):
+            length = record.rec_headers.get_header("Content-Length")
             if record.format != "warc":  # it takes any line of five words for the older format's head
                 raise ArchiveLoadFailed(f"record {number} is none of a WARC")
-            if record.rec_type == "conversion":
-                declared = "charset=utf-8"
-            elif record.rec_type == "response" and record.http_headers:
-                declared = record.http_headers.get_header("Content-Type") or ""
-                if record.http_headers.get_statuscode() != "200" or "html" not in declared.lower():
-                    continue
-            else:
-                continue
-            address = record.rec_headers.get_header("WARC-Target-URI")
-            try:
-                page = record.content_stream().read(LONGEST + 1)
-            except EOFError:
-                raise
-            except Exception as error:  # whatever a decompressor raises
-                packing = record.http_headers and record.http_headers.get_header("Content-Encoding")
-                yield Row(number, problem="page", reason=f"{address}: cannot be unpacked from {packing!r} ({error})")
-                continue
-            if len(page) > LONGEST:
-                yield Row(number, problem="length", reason=f"{address}: longer than {LONGEST:,} bytes")
-                continue
-            while record.raw_stream.read(1 << 16):  # what stands after the end of a packed body
+            if not (record.rec_type and length and length.isdecimal()):
+                raise ArchiveLoadFailed(f"the head of record {number} has no WARC-Type or no Content-Length")
+            if archive.err_count:
+                raise ArchiveLoadFailed(f"record {number - 1} does not end where its head says")
+            row = _page(number, record)
+            while record.raw_stream.read(1 << 16):  # what was left out, or stands after the end of a packed body
                 pass
             if record.raw_stream.limit > 0:
-                raise EOFError("the last record is cut off")
-            text = decoded(page, declared)
-            if text is None:
-                yield Row(number, problem="page", reason=f"{address}: in no encoding that it names, UTF-8 or CP949")
-            else:
-                yield Row(number, text)
-        stream.read(1)  # warcio takes the end of a packed file that is cut short for that of the archive; this raises
+                raise damaged(path, "the last record is cut off")
+            if row:
+                yield row
+        if archive.err_count:
+            raise ArchiveLoadFailed("the last record does not end where its head says")
     except ArchiveLoadFailed as error:
         raise InputError(f"{path}: damaged or no web archive ({error}); copy or download it again") from error
+
+
+class _Unpacked:
+    """The bytes of `stream`. warcio would take the EOFError of a packed file that is cut for the archive's end."""
+
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self._path, self._stream = path, stream
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._stream.read(size)
+        except DAMAGES as error:
+            raise damaged(self._path, error) from error
+
+
+def _page(number: int, record: ArcWarcRecord) -> Row | None:
+    """The page in a record, what is wrong with it, or None if it holds none."""
+    from warcio.exceptions import ArchiveLoadFailed
+    from warcio.statusandheaders import StatusAndHeadersParser
+
+    if record.rec_type not in ("conversion", "response"):
+        return None
+    address = record.rec_headers.get_header("WARC-Target-URI")
+    if not address:
+        raise ArchiveLoadFailed(f"the head of record {number} has no WARC-Target-URI")
+    declared, packing = "charset=utf-8", ""
+    if record.rec_type == "response":
+        if not address.lower().startswith(("http:", "https:")):
+            return None
+        try:
+            record.http_headers = StatusAndHeadersParser([], verify=False).parse(record.raw_stream)
+        except EOFError:
+            return Row(number, problem="page", reason=f"{address}: the answer is empty")
+        if not record.http_headers.protocol.startswith("HTTP/"):
+            return Row(number, problem="page", reason=f"{address}: the answer does not begin as one of HTTP does")
+        declared = record.http_headers.get_header("Content-Type") or ""
+        if record.http_headers.get_statuscode() != "200" or "html" not in declared.lower():
+            return None
+        packing = (record.http_headers.get_header("Content-Encoding") or "").strip().lower()
+    try:
+        page = _unpacked(record, packing)
+    except InputError:  # of the file, not of this body
+        raise
+    except Exception as error:  # whatever a decompressor raises
+        return Row(number, problem="page", reason=f"{address}: cannot be unpacked from {packing!r} ({error})")
+    if len(page) > LONGEST:
+        return Row(number, problem="length", reason=f"{address}: longer than {LONGEST:,} bytes")
+    text = decoded(page, declared)
+    if text is None:
+        packed = f", which is packed as {packing!r}" if packing else ""
+        return Row(number, problem="page", reason=f"{address}: in no encoding that it names, UTF-8 or CP949{packed}")
+    return Row(number, text)
+
+
+def _unpacked(record: ArcWarcRecord, packing: str) -> bytes:
+    """The first LONGEST bytes of a body and, if there are more, one of those."""
+    if packing not in ("br", "zstd"):
+        return record.content_stream().read(LONGEST + 1)
+    # warcio 1.8 knows no zstd and calls a method that brotli no longer has.
+    record.http_headers.remove_header("Content-Encoding")
+    packed = record.content_stream().read(LONGEST + 1)
+    if packing == "zstd":
+        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed) as reader:
+            return reader.read(LONGEST + 1)
+    try:
+        import brotli  # not among the requirements
+    except ImportError as error:
+        raise ImportError("needs brotli 1.2 or later, which pip installs") from error
+    return brotli.Decompressor().process(packed, output_buffer_limit=LONGEST + 1)
 
 
 def decoded(page: bytes, declared: str) -> str | None:
@@ -109,7 +169,8 @@ def main_text() -> Callable[[str], str]:
     def function(page: str) -> str:
         # An element of one syllable would be taken for a bullet, being one character of no ASCII, and lost.
         marked = _SYLLABLE.sub(rf"\1{_MARK}\2", page)
-        nesting = accumulate((-1 if end else 1 for end in _NESTING.findall(page)), initial=0)
+        steps = (-1 if end else 1 for end in _NESTING.findall(page))
+        nesting = accumulate(steps, lambda depth, step: max(depth + step, 0), initial=0)
         text = extract_plain_text(marked, main_content=max(nesting) <= DEEPEST, list_bullets=False, alt_texts=False)
         return text.replace(_MARK, "")
 
