@@ -12,7 +12,7 @@ from convert.__main__ import VERBS as CONVERT
 from experiments import harness, kobest_three_ways, record
 from polyglot_jax import names
 from polyglot_jax.cli import run
-from polyglot_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
 from polyglot_jax.evaluate.tasks import TASKS
 
 DOCUMENTS = 25
@@ -47,6 +47,7 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
     )  # fmt: skip
     kobest_three_ways.main(experiment)
     made = json.loads((place / "records" / "kobest_three_ways.json").read_text(encoding="utf-8"))
+    assert str(place / "orbax") in made["command"] and made["command"].endswith(f"--documents {DOCUMENTS}")
     assert made["different"] == []
     for task in TASKS:
         for shots in ("0", "5"):
@@ -58,7 +59,7 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
     # Again, it computes nothing; of another checkpoint, it takes nothing over.
     monkeypatch.setattr(harness, "run", None)
     kobest_three_ways.main(experiment)
-    with pytest.raises(SystemExit, match="holds what other settings made"):
+    with pytest.raises(InputError, match="holds what other settings made"):
         kobest_three_ways.main(dataclasses.replace(experiment, checkpoint=str(place / "model")))
 
 
