@@ -4,8 +4,8 @@ Command:   python -m experiments.kobest_three_ways --checkpoint runs/nsmc/run --
 Needs:     pip install -r requirements-harness.txt; the 10M model that experiments/nsmc.py leaves, or any other
 Time:      about 35 minutes of CPU time; stopped at any moment, the same command goes on
 Expected:  at 0 and 5 shots the same choice for each of 4,561 documents, and equal metrics in every cell. Documents with
-           two choices within 1e-4 are listed, and alone may be chosen otherwise. What came out is in
-           records/kobest_three_ways.json, and as a table in kobest_three_ways.md
+           two choices within 1e-4, or within what follows from it per character, are listed, and alone may be chosen
+           otherwise. What came out is in records/kobest_three_ways.json, and as a table in kobest_three_ways.md
 
 Torch reads an export of the checkpoint, which is verified to hold the same bits. Our evaluation, with --protocol
 harness, reads KoBEST's own files; the harness makes its prompts from the same documents laid out as the hub's dataset.
@@ -104,8 +104,11 @@ def scored(experiment: ThreeWays, way: str, shots: int, out: Path) -> dict[str, 
     return found
 
 
-def cell(task: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A task at a number of shots; found: way -> what `scored` gave. Metrics are those that the harness knows too."""
+def cell(task: str, found: Mapping[str, Mapping[str, Any]], lengths: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A task at a number of shots; found: way -> what `scored` gave; lengths: of the choices of each document.
+
+    Metrics are those that the harness knows too.
+    """
     native = found["native"]["metrics"][task]
     metrics = {
         name: {way: made["metrics"][task][name] for way, made in found.items()}
@@ -116,7 +119,7 @@ def cell(task: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "macro_f1_interval": [native["macro_f1_low"], native["macro_f1_high"]],
         "truncated": native["truncated"],
         "equal_metrics": all(max(v.values()) - min(v.values()) < 1e-9 for v in metrics.values()),
-        **harness.compared([made["scores"][task] for made in found.values()]),
+        **harness.compared([made["scores"][task] for made in found.values()], lengths),
         "metrics": metrics,
     }
 
@@ -171,7 +174,8 @@ def main(experiment: ThreeWays) -> None:
         for way in WAYS:
             seconds[way][str(shots)] = found[way]["seconds"]
         for task in TASKS:
-            cells[task][str(shots)] = cell(task, found)
+            lengths = harness.lengths(experiment.data, task, experiment.documents)
+            cells[task][str(shots)] = cell(task, found, lengths)
     different = problems(cells)
     numbers = {
         "batch_size_of_the_harness": experiment.batch_size,

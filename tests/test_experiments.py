@@ -62,14 +62,14 @@ def test_the_trigram_learns_a_cycle_the_unigram_cannot():
     assert trigram_bits(train, heldout, 3) < 0.2
 
 
-def three_ways(scores, other, macro_f1=0.5):
+def three_ways(scores, other, macro_f1=0.5, lengths=((2, 3), (3, 2))):
     """What the comparison says of one task, of which the third way has `other` scores and another metric."""
     metrics = {"acc": 0.5, "macro_f1": 0.5}
     native = metrics | {"macro_f1_low": 0.4, "macro_f1_high": 0.6, "truncated": 0}
     found = {way: {"scores": {"kobest_copa": scores}, "metrics": {"kobest_copa": metrics}} for way in WAYS}
     found["native"]["metrics"] = {"kobest_copa": native}
     found["hf"] = {"scores": {"kobest_copa": other}, "metrics": {"kobest_copa": metrics | {"macro_f1": macro_f1}}}
-    return cell("kobest_copa", found)
+    return cell("kobest_copa", found, lengths)
 
 
 def test_ways_may_differ_in_near_ties_alone():
@@ -92,6 +92,16 @@ def test_ways_may_differ_in_near_ties_alone():
     ]
     with pytest.raises(ValueError, match="shorter"):
         three_ways(scores, scores[:1])
+
+
+def test_ways_may_differ_in_near_ties_per_character():
+    scores = [[-2.0, -3.0], [-4.0, -9.0]]  # the first document's are -1 each
+    turned = three_ways(scores, [[-2.00002, -3.0], [-4.0, -9.0]], macro_f1=0.4)
+    assert (turned["other_choices"], turned["near_ties"]) == ([0], [0])
+    far = three_ways([[-2.1, -3.0]], [[-1.9, -3.0]], lengths=((2, 3),))
+    assert problems({"kobest_copa": {"0": turned, "5": far}}) == [
+        "kobest_copa, 5 shots: documents [0] are chosen otherwise, and are no near-ties"
+    ]
 
 
 def test_the_record_of_three_ways_says_what_was_run():

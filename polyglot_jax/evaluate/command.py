@@ -107,8 +107,8 @@ def _score_cell(
     pairs = [pair for found in encoded for pair in found]
     flat = iter(_scores(lm, config, journal, f"{task}, {shots} shots", pairs))
     is_cut = [not all(pair.fits(lm.config.model.context) for pair in found) for found in encoded]
-    documents = []
-    for prompt in prompts:
+    documents, near = [], []
+    for number, prompt in enumerate(prompts):
         scores = [next(flat) for _ in prompt.continuations]
         lengths = [len(text) - 1 for text in prompt.continuations]  # without the space
         documents.append(
@@ -119,7 +119,8 @@ def _score_cell(
                 "gold": prompt.gold,
             }
         )
-    near = [number for number, document in enumerate(documents) if metrics.is_near_tie(document["scores"])]
+        if metrics.is_near_tie(scores) or metrics.is_near_tie(scores, lengths):
+            near.append(number)
     result: dict[str, Any] = {}
     gold, choices = [prompt.gold for prompt in prompts], len(prompts[0].continuations)
     for kind in ("", "_norm"):
