@@ -7,6 +7,7 @@ import math
 import random
 import re
 import sys
+import types
 
 import jax
 import kobest
@@ -562,6 +563,11 @@ def test_bad_input_is_one_line(path, files, capsys, arguments, message):
     assert err.startswith("error: ") and message in err
 
 
+def test_a_folder_is_refused_before_anything_is_read(tmp_path, capsys):
+    assert command("--checkpoint", "nowhere", "--tasks", "kobest", "--out", tmp_path, "--overwrite") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: is a folder; name the file to write\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -595,6 +601,23 @@ def test_the_hubs_dataset_needs_its_library(path, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert command("--checkpoint", path, "--data", tmp_path, "--tasks", "kobest_copa") == 1
     assert "pip install datasets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence": "좋아요"}, "label is missing among sentence; give"),
+        ({"sentence": "좋아요", "label": 1.0}, "Label=1.0 is not understood; it is one of 0, 1; give"),
+        ({"sentence": "좋아요", "label": None}, "Label=None is not understood"),
+        ({"text": "좋아요", "label": 1}, "Text is empty; give"),
+    ],
+)
+def test_a_row_of_the_hubs_dataset_that_cannot_be_used_is_named(monkeypatch, row, message):
+    whole = {"sentence": "좋아요", "label": 1}
+    library = types.SimpleNamespace(load_dataset=lambda data, name, split: [whole, row])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(InputError, match=rf"^data=hub/name: sentineg/test: row 1: {message}"):
+        data.read("hub/name", "kobest_sentineg", "test")
 
 
 # Scoring

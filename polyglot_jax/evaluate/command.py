@@ -37,6 +37,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises InputError for bad input; what concerns the data is found before the model is loaded.
     """
     out = Path(config.out) if config.out else None
+    if out and out.is_dir():
+        raise InputError(f"{out}: is a folder; name the file to write")
     if out and out.exists() and not config.overwrite:
         raise InputError(f"{out}: exists; choose another place, or replace it with --overwrite")
     prompts = _prompts(config)
