@@ -563,6 +563,21 @@ def test_bad_input_is_one_line(path, files, capsys, arguments, message):
     assert err.startswith("error: ") and message in err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text=: no such file or folder"),
+        ("nowhere.txt", "text=nowhere.txt: no such file or folder"),
+        ("empty", "text=empty: holds neither .txt files nor token files"),
+    ],
+)
+def test_texts_are_looked_for_before_the_model(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert command("--checkpoint", "nowhere", "--text", text) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 def test_a_folder_is_refused_before_anything_is_read(tmp_path, capsys):
     assert command("--checkpoint", "nowhere", "--tasks", "kobest", "--out", tmp_path, "--overwrite") == 1
     assert capsys.readouterr().err == f"error: {tmp_path}: is a folder; name the file to write\n"

@@ -42,6 +42,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if out and out.exists() and not config.overwrite:
         raise InputError(f"{out}: exists; choose another place, or replace it with --overwrite")
     prompts = _prompts(config)
+    for path in config.text:
+        perplexity.text_files(path)
     source = weights.open_source(config.checkpoint)
     lm = load(config.checkpoint, make_mesh(config.mesh), config.dtype)
     if lm.tokenizer is None:
