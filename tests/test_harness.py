@@ -63,6 +63,25 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
         kobest_three_ways.main(dataclasses.replace(experiment, checkpoint=str(place / "model")))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "nowhere"}, "error: nowhere: no such folder"),
+        ({"path": "nowhere", "dtype": "auto"}, "error: dtype=auto: must be one of float32, bfloat16, float16; none"),
+    ],
+)
+def test_bad_arguments_are_one_line(monkeypatch, arguments, message):
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("no lm_eval: pip install -r requirements-harness.txt")
+    import lm_eval.__main__
+
+    from polyglot_jax.evaluate.harness import HarnessModel, main
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: HarnessModel(**arguments))
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        main()
+
+
 TASK = """
 task: rolling
 dataset_path: json
