@@ -109,17 +109,22 @@ def metrics(out: Path) -> dict[str, dict[str, float]]:
             for task, found in results.items() if task in TASKS}  # fmt: skip
 
 
-def compared(ways: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
-    """How far scores of the same documents, computed in several ways, are apart.
+def lengths(data: str, name: str, documents: int | None) -> list[list[int]]:
+    """Characters of each choice of a task's test documents."""
+    return [[len(choice) for choice in TASKS[name].choices(row)] for row in read(data, name, "test")[:documents]]
 
-    other_choices: numbers of the documents for which not all choose alike; near_ties: of those whose two best choices
-    lie so close in one of the ways that rounding may turn them.
+
+def compared(ways: Sequence[Sequence[Sequence[float]]], lengths: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """How far scores of the same documents, computed in several ways, are apart; lengths: characters of the choices.
+
+    other_choices: numbers of the documents for which not all choose alike; near_ties: of those whose best choices lie
+    so close in one of the ways that rounding may turn them. Both by sums of log-probabilities and per character.
     """
     found: dict[str, Any] = {"documents": len(ways[0]), "other_choices": [], "near_ties": [], "largest_difference": 0.0}
-    for number, rows in enumerate(zip(*ways, strict=True)):
-        if len({choose(row) for row in rows}) > 1:
+    for number, (rows, sizes) in enumerate(zip(zip(*ways, strict=True), lengths, strict=True)):
+        if any(len({choose(row, by) for row in rows}) > 1 for by in (None, sizes)):
             found["other_choices"].append(number)
-        if any(is_near_tie(row) for row in rows):
+        if any(is_near_tie(row, by) for row in rows for by in (None, sizes)):
             found["near_ties"].append(number)
         apart = max(max(values) - min(values) for values in zip(*rows, strict=True))
         found["largest_difference"] = max(found["largest_difference"], apart)

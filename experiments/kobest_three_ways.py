@@ -4,8 +4,8 @@ Command:   python -m experiments.kobest_three_ways --checkpoint runs/nsmc/run --
 Needs:     pip install -r requirements-harness.txt; the 10M model that experiments/nsmc.py leaves, or any other
 Time:      about 35 minutes of CPU time; stopped at any moment, the same command goes on
 Expected:  at 0 and 5 shots the same choice for each of 4,561 documents, and equal metrics in every cell. Documents with
-           two choices within 1e-4 are listed, and alone may be chosen otherwise. What came out is in
-           records/kobest_three_ways.json, and as a table in kobest_three_ways.md
+           two choices within 1e-4, or within what follows from it per character, are listed, and alone may be chosen
+           otherwise. What came out is in records/kobest_three_ways.json, and as a table in kobest_three_ways.md
 
 Torch reads an export of the checkpoint, which is verified to hold the same bits. Our evaluation, with --protocol
 harness, reads KoBEST's own files; the harness makes its prompts from the same documents laid out as the hub's dataset.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from typing import Any
 import tyro
 
 from experiments import harness, record
+from polyglot_jax import weights
+from polyglot_jax.config import InputError
 from polyglot_jax.evaluate.tasks import TASKS
+from polyglot_jax.files import new_folder
 
 WAYS = {"native": "evaluate", "polyglot_jax": "harness, ours", "hf": "harness, torch"}
 
@@ -53,13 +57,14 @@ def prepared(experiment: ThreeWays) -> Path:
     settings, exported = out / "settings.json", out / "huggingface"
     wanted = json.dumps(dataclasses.asdict(experiment))
     if settings.is_file() and settings.read_text(encoding="utf-8") != wanted:
-        raise SystemExit(f"error: {out}: holds what other settings made; remove it, or choose another --out")
+        raise InputError(f"{out}: holds what other settings made; remove it, or choose another --out")
     if not settings.is_file():
-        out.mkdir(parents=True)
-        harness.write_hub_folder(experiment.data, list(TASKS), experiment.documents, out)
-        settings.write_text(wanted, encoding="utf-8")
-    if not exported.exists():
-        harness.timed([sys.executable, "-m", "convert", "orbax-to-hf", experiment.checkpoint, str(exported)], out)
+        weights.open_source(experiment.checkpoint)  # says what is wrong with it
+        with new_folder(out, lambda folder: (folder / settings.name).is_file(), overwrite=True) as folder:
+            harness.write_hub_folder(experiment.data, list(TASKS), experiment.documents, folder)
+            into = str(folder / exported.name)
+            harness.timed([sys.executable, "-m", "convert", "orbax-to-hf", experiment.checkpoint, into], folder)
+            (folder / settings.name).write_text(wanted, encoding="utf-8")
     harness.timed([sys.executable, "-m", "convert", "verify", experiment.checkpoint, str(exported)], out)
     return out
 
@@ -99,8 +104,11 @@ def scored(experiment: ThreeWays, way: str, shots: int, out: Path) -> dict[str, 
     return found
 
 
-def cell(task: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A task at a number of shots; found: way -> what `scored` gave. Metrics are those that the harness knows too."""
+def cell(task: str, found: Mapping[str, Mapping[str, Any]], lengths: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A task at a number of shots; found: way -> what `scored` gave; lengths: of the choices of each document.
+
+    Metrics are those that the harness knows too.
+    """
     native = found["native"]["metrics"][task]
     metrics = {
         name: {way: made["metrics"][task][name] for way, made in found.items()}
@@ -111,7 +119,7 @@ def cell(task: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "macro_f1_interval": [native["macro_f1_low"], native["macro_f1_high"]],
         "truncated": native["truncated"],
         "equal_metrics": all(max(v.values()) - min(v.values()) < 1e-9 for v in metrics.values()),
-        **harness.compared([made["scores"][task] for made in found.values()]),
+        **harness.compared([made["scores"][task] for made in found.values()], lengths),
         "metrics": metrics,
     }
 
@@ -148,8 +156,16 @@ def resolved(experiment: ThreeWays) -> ThreeWays:
     return dataclasses.replace(experiment, **paths)
 
 
+def command_of(experiment: ThreeWays) -> str:
+    """The command that makes the same numbers: all but --out, as it was given."""
+    words = ["--checkpoint", experiment.checkpoint, "--data", experiment.data, "--shots", *map(str, experiment.shots)]
+    words += ["--batch-size", str(experiment.batch_size)]
+    words += ["--documents", str(experiment.documents)] if experiment.documents else []
+    return shlex.join(["python", "-m", "experiments.kobest_three_ways", *words])
+
+
 def main(experiment: ThreeWays) -> None:
-    experiment = resolved(experiment)
+    given, experiment = experiment, resolved(experiment)
     out = prepared(experiment)
     cells: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
     seconds: dict[str, dict[str, Sequence[float]]] = {way: {} for way in WAYS}
@@ -158,7 +174,8 @@ def main(experiment: ThreeWays) -> None:
         for way in WAYS:
             seconds[way][str(shots)] = found[way]["seconds"]
         for task in TASKS:
-            cells[task][str(shots)] = cell(task, found)
+            lengths = harness.lengths(experiment.data, task, experiment.documents)
+            cells[task][str(shots)] = cell(task, found, lengths)
     different = problems(cells)
     numbers = {
         "batch_size_of_the_harness": experiment.batch_size,
@@ -167,11 +184,9 @@ def main(experiment: ThreeWays) -> None:
         "different": different,
         "cells": cells,
     }
-    command = "python -m experiments.kobest_three_ways --checkpoint runs/nsmc/run --data KoBEST_datarepo/v1.0"
-    command += f" --documents {experiment.documents}" if experiment.documents else ""
     packages = ("jax", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
-    path = record.write("kobest_three_ways", "KoBEST by evaluate, by the harness with ours and with torch", command,
-                        packages, numbers)  # fmt: skip
+    what = "KoBEST by evaluate, by the harness with ours and with torch"
+    path = record.write("kobest_three_ways", what, command_of(given), packages, numbers)
     text = table(cells)
     note = "Cut: contexts that lost their beginning. Apart by: the largest difference of a log-probability."
     path.with_suffix(".md").write_text(f"{text}\n\n{note}\n", encoding="utf-8")
@@ -181,4 +196,7 @@ def main(experiment: ThreeWays) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ThreeWays, prog="python -m experiments.kobest_three_ways"))
+    try:
+        main(tyro.cli(ThreeWays, prog="python -m experiments.kobest_three_ways"))
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import sys
+import types
 
 import jax
 import kobest
@@ -223,6 +224,13 @@ def test_choices():
     assert metrics.choose([-4.0, -5.0], [2, 5]) == 1
     assert metrics.is_near_tie([-5.0, -1.0, -1.00009])
     assert not metrics.is_near_tie([-5.0, -1.0, -1.00011])
+    # Per character: half of 1e-4 is of each, divided by its length.
+    assert metrics.is_near_tie([-10.00009, -10.0], [10, 10])
+    assert not metrics.is_near_tie([-10.00011, -10.0], [10, 10])
+    assert metrics.is_near_tie([-2.0, -40.0004], [2, 40])  # 1e-5 apart of 2.6e-5
+    assert not metrics.is_near_tie([-2.0, -40.0011], [2, 40])
+    # The next best is far enough away, and one after it, shorter, is not.
+    assert metrics.is_near_tie([-100.0, -100.002, -1.00003], [100, 100, 1])
 
 
 def f1_by_hand(gold, predicted):
@@ -519,20 +527,27 @@ def test_the_table_beside_what_was_published():
     ]
 
 
-def test_near_ties_are_listed(path, files, tmp_path, lm):
-    """A model of zeros gives every token the same probability: choices of as many tokens tie."""
+def test_near_ties_are_listed(path, tmp_path, lm):
+    """A model of zeros gives every token the same probability: choices of as many tokens tie, or of as many each."""
     folder = tmp_path / "zeros"
     params = jax.tree.map(np.zeros_like, random_params(lm.config.model, seed=0))
     checkpoint.save(folder, lm.config, params, tokenizer=lm.tokenizer.to_json())
-    out = tmp_path / "out.json"
-    assert command("--checkpoint", folder, "--data", files, "--tasks", "kobest_sentineg", "--out", out) == 0
+    out, files = tmp_path / "out.json", kobest.write(tmp_path / "kobest")
+    file = files / "COPA" / "test.tsv"
+    text = file.read_text(encoding="utf-8").replace("추웠다.", "잠든다.").replace("더웠다.", "배를 탄다.")
+    file.write_text(text, encoding="utf-8")
+    choices = [TASKS["kobest_copa"].choices(row) for row in rows_of(files, "kobest_copa")]
+    counts = [[len(lm.tokenizer.encode(f" {choice}")) for choice in both] for both in choices]
+    per_character = [list(np.divide(counts[n], [len(choice) for choice in choices[n]])) for n in range(3)]
+    assert [len(set(both)) for both in counts] == [2, 1, 2]
+    assert [len(set(both)) for both in per_character] == [2, 2, 1]
+    assert command("--checkpoint", folder, "--data", files, "--tasks", "kobest_copa", "--out", out) == 0
     record = json.loads(out.read_text(encoding="utf-8"))
-    counts = [len(lm.tokenizer.encode(text)) for text in (" 부정", " 긍정")]
-    cell = record["results"]["kobest_sentineg"]["0"]
-    assert cell["near_tie_documents"] == ([0, 1, 2] if counts[0] == counts[1] else [])
-    for document in record["documents"]["kobest_sentineg"]["0"]:
-        np.testing.assert_allclose(document["scores"], np.multiply(counts, -math.log(512)), rtol=1e-6)
-        assert document["prediction"] == int(np.argmin(counts))
+    cell = record["results"]["kobest_copa"]["0"]
+    assert (cell["near_tie_documents"], cell["near_ties"]) == ([1, 2], 2)
+    for document, both in zip(record["documents"]["kobest_copa"]["0"], counts, strict=True):
+        np.testing.assert_allclose(document["scores"], np.multiply(both, -math.log(512)), rtol=1e-6)
+        assert document["prediction"] == int(np.argmin(both))
 
 
 @pytest.mark.parametrize(
@@ -546,6 +561,26 @@ def test_bad_input_is_one_line(path, files, capsys, arguments, message):
     assert command("--checkpoint", path, "--data", files, *arguments) == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and message in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text=: no such file or folder"),
+        ("nowhere.txt", "text=nowhere.txt: no such file or folder"),
+        ("empty", "text=empty: holds neither .txt files nor token files"),
+    ],
+)
+def test_texts_are_looked_for_before_the_model(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert command("--checkpoint", "nowhere", "--text", text) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_folder_is_refused_before_anything_is_read(tmp_path, capsys):
+    assert command("--checkpoint", "nowhere", "--tasks", "kobest", "--out", tmp_path, "--overwrite") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: is a folder; name the file to write\n"
 
 
 @pytest.mark.parametrize(
@@ -581,6 +616,23 @@ def test_the_hubs_dataset_needs_its_library(path, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert command("--checkpoint", path, "--data", tmp_path, "--tasks", "kobest_copa") == 1
     assert "pip install datasets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence": "좋아요"}, "label is missing among sentence; give"),
+        ({"sentence": "좋아요", "label": 1.0}, "Label=1.0 is not understood; it is one of 0, 1; give"),
+        ({"sentence": "좋아요", "label": None}, "Label=None is not understood"),
+        ({"text": "좋아요", "label": 1}, "Text is empty; give"),
+    ],
+)
+def test_a_row_of_the_hubs_dataset_that_cannot_be_used_is_named(monkeypatch, row, message):
+    whole = {"sentence": "좋아요", "label": 1}
+    library = types.SimpleNamespace(load_dataset=lambda data, name, split: [whole, row])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(InputError, match=rf"^data=hub/name: sentineg/test: row 1: {message}"):
+        data.read("hub/name", "kobest_sentineg", "test")
 
 
 # Scoring

@@ -1,21 +1,27 @@
 """The sample, the baselines and the demo."""
 
+import dataclasses
 import importlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 import unicodedata
 
+import kobest
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT
+from models import model_config, random_params, small_tokenizer
 
 from experiments import record
 from experiments.baselines import trigram_bits, unigram_bits
-from experiments.kobest_three_ways import WAYS, cell, problems, table
+from experiments.kobest_three_ways import WAYS, ThreeWays, cell, command_of, prepared, problems, table
 from experiments.pretraining import plan
-from polyglot_jax.config import PRESETS
+from polyglot_jax import checkpoint
+from polyglot_jax.config import PRESETS, Config, DataConfig, InputError, TrainConfig
 
 SAMPLE = sorted((ROOT / "experiments" / "sample").glob("*.txt"))
 
@@ -56,14 +62,14 @@ def test_the_trigram_learns_a_cycle_the_unigram_cannot():
     assert trigram_bits(train, heldout, 3) < 0.2
 
 
-def three_ways(scores, other, macro_f1=0.5):
+def three_ways(scores, other, macro_f1=0.5, lengths=((2, 3), (3, 2))):
     """What the comparison says of one task, of which the third way has `other` scores and another metric."""
     metrics = {"acc": 0.5, "macro_f1": 0.5}
     native = metrics | {"macro_f1_low": 0.4, "macro_f1_high": 0.6, "truncated": 0}
     found = {way: {"scores": {"kobest_copa": scores}, "metrics": {"kobest_copa": metrics}} for way in WAYS}
     found["native"]["metrics"] = {"kobest_copa": native}
     found["hf"] = {"scores": {"kobest_copa": other}, "metrics": {"kobest_copa": metrics | {"macro_f1": macro_f1}}}
-    return cell("kobest_copa", found)
+    return cell("kobest_copa", found, lengths)
 
 
 def test_ways_may_differ_in_near_ties_alone():
@@ -86,6 +92,59 @@ def test_ways_may_differ_in_near_ties_alone():
     ]
     with pytest.raises(ValueError, match="shorter"):
         three_ways(scores, scores[:1])
+
+
+def test_ways_may_differ_in_near_ties_per_character():
+    scores = [[-2.0, -3.0], [-4.0, -9.0]]  # the first document's are -1 each
+    turned = three_ways(scores, [[-2.00002, -3.0], [-4.0, -9.0]], macro_f1=0.4)
+    assert (turned["other_choices"], turned["near_ties"]) == ([0], [0])
+    far = three_ways([[-2.1, -3.0]], [[-1.9, -3.0]], lengths=((2, 3),))
+    assert problems({"kobest_copa": {"0": turned, "5": far}}) == [
+        "kobest_copa, 5 shots: documents [0] are chosen otherwise, and are no near-ties"
+    ]
+
+
+def test_the_record_of_three_ways_says_what_was_run():
+    experiment = ThreeWays(data="my files/v1.0", checkpoint="runs/mine", shots=(1, 7), documents=3, batch_size=4)
+    python, option, module, *arguments = shlex.split(command_of(experiment))
+    assert (python, option, module) == ("python", "-m", "experiments.kobest_three_ways")
+    assert tyro.cli(ThreeWays, args=arguments) == experiment
+    assert "--documents" not in command_of(dataclasses.replace(experiment, documents=None))
+
+
+def test_three_ways_go_on_after_a_wrong_path_and_a_kill(tmp_path):
+    """Nothing is left of a preparation that failed, nor in the way of the next one."""
+    model = tmp_path / "model"
+    config = Config(
+        model=model_config(layers=1, context=48), data=DataConfig(valid_ids=403), train=TrainConfig(sequence_length=48)
+    )
+    checkpoint.save(model, config, random_params(config.model, seed=3), tokenizer=small_tokenizer().to_json())
+    out, data = tmp_path / "ways", kobest.write(tmp_path / "kobest")
+    words = [sys.executable, "-m", "experiments.kobest_three_ways", "--out", str(out)]
+    for path, folder, message in (
+        (model, tmp_path / "nowhere", f"error: data={tmp_path / 'nowhere'}: "),
+        (tmp_path / "nowhere", data, f"error: {tmp_path / 'nowhere'}: no such folder"),
+    ):
+        arguments = ["--checkpoint", str(path), "--data", str(folder)]
+        done = subprocess.run([*words, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+        assert not list(tmp_path.glob("ways*"))
+    experiment = ThreeWays(data=str(data), checkpoint=str(model), out=str(out))
+    killed = f"""
+import os
+from experiments import harness
+from experiments.kobest_three_ways import ThreeWays, prepared
+harness.timed = lambda *_: os._exit(9)
+prepared({experiment!r})
+"""
+    assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT).returncode == 9
+    assert not out.exists() and (tmp_path / "ways.incomplete").is_dir()
+    prepared(experiment)
+    assert (out / "huggingface" / "config.json").is_file() and (out / "skt" / "kobest_v1" / "README.md").is_file()
+    assert [file.name for file in tmp_path.glob("ways*")] == ["ways"]
+    with pytest.raises(InputError, match="holds what other settings made"):
+        prepared(dataclasses.replace(experiment, batch_size=1))
 
 
 @pytest.mark.slow

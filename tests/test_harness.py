@@ -12,7 +12,7 @@ from convert.__main__ import VERBS as CONVERT
 from experiments import harness, kobest_three_ways, record
 from polyglot_jax import names
 from polyglot_jax.cli import run
-from polyglot_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
 from polyglot_jax.evaluate.tasks import TASKS
 
 DOCUMENTS = 25
@@ -47,6 +47,7 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
     )  # fmt: skip
     kobest_three_ways.main(experiment)
     made = json.loads((place / "records" / "kobest_three_ways.json").read_text(encoding="utf-8"))
+    assert str(place / "orbax") in made["command"] and made["command"].endswith(f"--documents {DOCUMENTS}")
     assert made["different"] == []
     for task in TASKS:
         for shots in ("0", "5"):
@@ -58,8 +59,27 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
     # Again, it computes nothing; of another checkpoint, it takes nothing over.
     monkeypatch.setattr(harness, "run", None)
     kobest_three_ways.main(experiment)
-    with pytest.raises(SystemExit, match="holds what other settings made"):
+    with pytest.raises(InputError, match="holds what other settings made"):
         kobest_three_ways.main(dataclasses.replace(experiment, checkpoint=str(place / "model")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "nowhere"}, "error: nowhere: no such folder"),
+        ({"path": "nowhere", "dtype": "auto"}, "error: dtype=auto: must be one of float32, bfloat16, float16; none"),
+    ],
+)
+def test_bad_arguments_are_one_line(monkeypatch, arguments, message):
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("no lm_eval: pip install -r requirements-harness.txt")
+    import lm_eval.__main__
+
+    from polyglot_jax.evaluate.harness import HarnessModel, main
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: HarnessModel(**arguments))
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        main()
 
 
 TASK = """

@@ -73,7 +73,10 @@ def main(benchmark: Benchmark) -> None:
         documents = json.loads((folder / "ours.json").read_text(encoding="utf-8"))["documents"]
         scores = harness.scores(theirs, NAMES)
         agreement = {
-            name: harness.compared([[document["scores"] for document in documents[name]["5"]], scores[name]])
+            name: harness.compared(
+                [[document["scores"] for document in documents[name]["5"]], scores[name]],
+                harness.lengths(benchmark.data, name, benchmark.documents),
+            )
             for name in NAMES
         }
     medians = {name: [statistics.median(kind) for kind in zip(*times, strict=True)] for name, times in seconds.items()}

@@ -37,9 +37,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises InputError for bad input; what concerns the data is found before the model is loaded.
     """
     out = Path(config.out) if config.out else None
+    if out and out.is_dir():
+        raise InputError(f"{out}: is a folder; name the file to write")
     if out and out.exists() and not config.overwrite:
         raise InputError(f"{out}: exists; choose another place, or replace it with --overwrite")
     prompts = _prompts(config)
+    for path in config.text:
+        perplexity.text_files(path)
     source = weights.open_source(config.checkpoint)
     lm = load(config.checkpoint, make_mesh(config.mesh), config.dtype)
     if lm.tokenizer is None:
@@ -107,8 +111,8 @@ def _score_cell(
     pairs = [pair for found in encoded for pair in found]
     flat = iter(_scores(lm, config, journal, f"{task}, {shots} shots", pairs))
     is_cut = [not all(pair.fits(lm.config.model.context) for pair in found) for found in encoded]
-    documents = []
-    for prompt in prompts:
+    documents, near = [], []
+    for number, prompt in enumerate(prompts):
         scores = [next(flat) for _ in prompt.continuations]
         lengths = [len(text) - 1 for text in prompt.continuations]  # without the space
         documents.append(
@@ -119,7 +123,8 @@ def _score_cell(
                 "gold": prompt.gold,
             }
         )
-    near = [number for number, document in enumerate(documents) if metrics.is_near_tie(document["scores"])]
+        if metrics.is_near_tie(scores) or metrics.is_near_tie(scores, lengths):
+            near.append(number)
     result: dict[str, Any] = {}
     gold, choices = [prompt.gold for prompt in prompts], len(prompts[0].continuations)
     for kind in ("", "_norm"):

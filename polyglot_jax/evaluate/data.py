@@ -96,5 +96,5 @@ def _read_hub(data: str, task: Task, split: str) -> list[Row]:
     for number, row in enumerate(rows):
         problem = problem_of(task, row)
         if problem:
-            raise InputError(f"data={data}: {task.hub}/{split}: row {number}: {problem}")
+            raise InputError(f"data={data}: {task.hub}/{split}: row {number}: {problem}; {_REMEDY}")
     return rows

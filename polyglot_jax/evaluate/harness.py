@@ -26,6 +26,7 @@ from polyglot_jax.language_model import load
 from polyglot_jax.scoring import Pair
 from polyglot_jax.sharding import make_mesh
 
+_DTYPES = (None, "float32", "bfloat16", "float16")
 _ROWS = 8
 """Prompts continued at a time where no batch size is given."""
 
@@ -50,6 +51,8 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
+        if dtype not in _DTYPES:
+            raise InputError(f"dtype={dtype}: must be one of {', '.join(_DTYPES[1:])}; none: by the device")
         self._lm = load(path, make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor)), dtype)
         if self._lm.tokenizer is None:
             raise InputError(f"{path}: came without a tokenizer.json; put the model's own beside its weights")
@@ -132,7 +135,10 @@ def main() -> None:
     """The harness's own command line, which knows our model now."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

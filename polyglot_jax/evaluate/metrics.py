@@ -28,9 +28,11 @@ def choose(scores: Sequence[float], lengths: Sequence[int] | None = None) -> int
     return int(np.argmax(np.divide(scores, lengths) if lengths else scores))
 
 
-def is_near_tie(scores: Sequence[float]) -> bool:
-    best, second = sorted(scores, reverse=True)[:2]
-    return best - second < NEAR_TIE
+def is_near_tie(scores: Sequence[float], lengths: Sequence[int] | None = None) -> bool:
+    """Whether rounding may turn what `choose` chooses: half of NEAR_TIE is each score's, and is divided with it."""
+    parts = 1 / np.asarray(lengths or [1] * len(scores))
+    means, best = scores * parts, choose(scores, lengths)
+    return bool((means[best] - means < NEAR_TIE * (parts[best] + parts) / 2).sum() > 1)
 
 
 def summary(gold: Sequence[int], predicted: Sequence[int], choices: int, resamples: int) -> dict[str, dict[str, Any]]:

@@ -39,18 +39,27 @@ class Document(NamedTuple):
     bytes: int
 
 
+def text_files(path: str) -> list[Path]:
+    """The text file or the folder's .txt files at `path`; none if token files are there. InputError if neither are."""
+    place = Path(path)
+    if not path or (not place.exists() and not place.with_name(place.name + ".idx").exists()):
+        raise InputError(f"text={path}: no such file or folder, and no token files {place.name}.bin and .idx")
+    files = sorted(place.rglob("*.txt")) if place.is_dir() and not list(place.glob("*.idx")) else [place]
+    if not files:
+        raise InputError(f"text={path}: holds neither .txt files nor token files; name a file, or another folder")
+    if all(file.is_file() and file.suffix not in (".bin", ".idx") for file in files):
+        return files
+    find_corpus(path)
+    return []
+
+
 def documents(path: str, tokenizer: Tokenizer) -> Iterator[Document]:
     """Of a text file (one document), a folder of .txt files, or token files that `prepare` or GPT-NeoX wrote.
 
     InputError if it is none of these, is not UTF-8, or has ids that the tokenizer does not know.
     """
-    place = Path(path)
-    if not place.exists() and not place.with_name(place.name + ".idx").exists():
-        raise InputError(f"text={path}: no such file or folder, and no token files {place.name}.bin and .idx")
-    files = sorted(place.rglob("*.txt")) if place.is_dir() and not list(place.glob("*.idx")) else [place]
-    if files and all(file.is_file() and file.suffix not in (".bin", ".idx") for file in files):
-        return _texts(files, tokenizer)
-    return _token_files(find_corpus(path), tokenizer)
+    files = text_files(path)
+    return _texts(files, tokenizer) if files else _token_files(find_corpus(path), tokenizer)
 
 
 def _texts(files: list[Path], tokenizer: Tokenizer) -> Iterator[Document]:

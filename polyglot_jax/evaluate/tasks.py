@@ -98,7 +98,9 @@ def problem_of(task: Task, row: Row) -> str | None:
     for field, column in task.columns.items():
         if not isinstance(row.get(field), str) or not row[field].strip():
             return f"{column} is empty"
-    if row["label"] not in range(len(task.choices(row))):
+    if "label" not in row:
+        return f"label is missing among {', '.join(row)}"
+    if not isinstance(row["label"], int) or row["label"] not in range(len(task.choices(row))):
         return f"{task.label}={row['label']!r} is not understood; it is one of {', '.join(task.labels)}"
     if task.hub == "copa" and row["question"].strip() not in _CONNECTORS:
         return f"question={row['question']!r} is not understood; it is one of {', '.join(_CONNECTORS)}"
