@@ -1,7 +1,7 @@
 """KoBEST's files, prompts, protocols, choices and metrics; bits per byte; the command."""
 
-import csv
 import contextlib
+import csv
 import io
 import json
 import math
