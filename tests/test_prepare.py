@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -329,13 +328,18 @@ def test_a_long_field_of_a_csv_costs_no_other_row(run, tmp_path, quote):
     assert (row["line"], row["reason"]) == (3, "longer than 16,777,216 characters")
 
 
+# A process takes over, as its own peak, that of the process that started it: hence a small one between.
+PEAK = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+
+
 def memory(file, tokenizer, out):
     """Most MiB that `prepare` takes over a file, as a command."""
     command = [sys.executable, "-m", "polyglot_jax", "prepare", "--text", file, "--tokenizer", tokenizer, "--out", out]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, process.returncode, usage = os.wait4(process.pid, 0)
-    assert process.returncode == 0
-    return usage.ru_maxrss / 1024
+    done = subprocess.run([sys.executable, "-c", PEAK, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) / 1024
 
 
 @pytest.mark.slow
