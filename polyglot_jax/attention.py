@@ -76,14 +76,22 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str = "xla") -> jax
     return checkpoint_name(attend(q, k, v), OUTPUT)
 
 
+QUERIES = 512
+"""Of a long prompt, the queries whose scores, float32[B, H, QUERIES, S], are held at a time while it is read."""
+
+
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
     """Attention of new tokens to a cache. q: [B, T, H, K]; k, v: [B, H, S, K]; positions: int[B, T], slots of q.
 
     A query at position p sees slots 0..p. So what lies in later slots (padding of a shorter prompt, an older
     generation) never matters, and needs no mask of its own.
     """
-    is_seen = jnp.arange(k.shape[2]) <= positions[:, None, :, None]
-    return _attend(q.swapaxes(1, 2), k, v, is_seen).swapaxes(1, 2)
+    parts = []
+    for start in range(0, q.shape[1], QUERIES):
+        at = slice(start, start + QUERIES)
+        is_seen = jnp.arange(k.shape[2]) <= positions[:, None, at, None]
+        parts.append(_attend(q[:, at].swapaxes(1, 2), k, v, is_seen))
+    return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
 
 
 def _blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

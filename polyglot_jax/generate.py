@@ -8,6 +8,7 @@ company, nor on how a call is split.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from polyglot_jax import sampling, steps
+from polyglot_jax.attention import QUERIES
 from polyglot_jax.config import Config, InputError, SampleConfig
-from polyglot_jax.model import Cache, Params, Transformer, init_cache
+from polyglot_jax.hardware import free_memory, readable
+from polyglot_jax.model import CACHE_AXES, Cache, Params, Transformer, init_cache
 from polyglot_jax.sampling import Counts, Form, Sampling
-from polyglot_jax.sharding import constrain
+from polyglot_jax.sharding import constrain, shard_shape
 
 CHUNK = 8
 """Most tokens made on the device between two looks at the text."""
@@ -179,6 +182,30 @@ class Batch(NamedTuple):
         return cls(tokens, lengths, np.arange(rows) >= len(prompts), slots)
 
 
+def check_room(model: Transformer, batch: Batch, samples: int) -> None:
+    """InputError if the devices of `jax.set_mesh` have no room for `samples` continuations of each prompt at once.
+
+    Counted are what grows with them: cache (each sample's besides the prompt's), scores while the prompts are read,
+    and logits with the two copies that choosing makes.
+    """
+    mesh = jax.sharding.get_mesh()
+    free = free_memory(jax.devices()[:1] if mesh.empty else list(mesh.devices.flat))
+    if free is None:
+        return
+    config, (prompts, length) = model.config, batch.tokens.shape
+    rows, item = prompts * (1 + samples if samples > 1 else 1), jnp.dtype(model.dtype).itemsize
+    slots = shard_shape(CACHE_AXES, (rows, config.heads, batch.slots, config.head_dim), "decoding")
+    scores = shard_shape(CACHE_AXES, (prompts, config.heads, min(length, QUERIES), batch.slots), "decoding")
+    logits = 4 * rows * config.vocab
+    needed = 2 * config.layers * item * math.prod(slots) + 2 * 4 * math.prod(scores) + 3 * logits
+    if needed > free:
+        raise InputError(
+            f"{len(batch.is_filler) - batch.is_filler.sum():,} prompt(s) x {samples} of {batch.slots:,} tokens: need "
+            f"about {readable(needed)} on each device, and {readable(free)} are free; give fewer at a time (first= "
+            "keeps their draws), shorter ones, or a lower max_new_tokens"
+        )
+
+
 @dataclass(frozen=True)
 class Generator:
     """Jitted generation for one model. replicas: devices that share out the rows; platform: theirs, None: JAX's own."""
@@ -239,6 +266,7 @@ class Generator:
         InputError if a prompt is empty or leaves too little room in the context.
         """
         batch = Batch.of(prompts, sample.max_new_tokens, self.config.model.context, self.replicas)
+        check_room(self.model, batch, samples)
         form, count = Form.of(sample), len(prompts) * samples
         state = self._start(batch.slots, samples, form, params, batch.tokens, batch.lengths, batch.is_filler,
                             jax.random.key(sample.seed), jnp.int32(first))  # fmt: skip

@@ -24,7 +24,7 @@ from polyglot_jax.generate import Generator, Made
 from polyglot_jax.hardware import readable
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.scoring import Pair, Scored, Scorer
-from polyglot_jax.sharding import parts
+from polyglot_jax.sharding import check_decoding, parts
 from polyglot_jax.stopping import Stop
 from polyglot_jax.tokenizer import Tokenizer
 from polyglot_jax.weights import load_params, open_source, preflight, read_tokenizer
@@ -56,11 +56,11 @@ def load(
 ) -> LanguageModel:
     """A model ready to use, from a checkpoint, a run, a Hugging Face folder or a name on the hub.
 
-    mesh: of `sharding.make_mesh`; None: the first device. What does not divide over it is split over fewer of its axes,
-    or whole on each device. dtype: of weights and products; None: float32 on a CPU (whose bfloat16 products are slow),
-    else bfloat16. quantize: "int8" keeps the weights of products in a byte each, with a scale for each output; products
-    stay in `dtype`. Says first how much memory that takes. InputError if `path` holds no model, or one that has no room
-    there.
+    mesh: of `sharding.make_mesh`; None: the first device. Its tensor axis must divide heads, hidden layer and
+    vocabulary; what fsdp and sequence do not divide is split over fewer axes, or whole on each device, and said. dtype:
+    of weights and products; None: float32 on a CPU (whose bfloat16 products are slow), else bfloat16. quantize: "int8"
+    keeps the weights of products in a byte each, with a scale for each output; products stay in `dtype`. Says first how
+    much memory that takes. InputError if `path` holds no model, or one that has no room there.
     """
     if quantize not in (None, "int8"):
         raise InputError(f"quantize={quantize!r}: there is int8, or None")
@@ -74,6 +74,8 @@ def load(
     dtype = jnp.dtype(dtype)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise InputError(f"mesh={mesh}: must be a mesh of devices: sharding.make_mesh(MeshConfig(...))")
+    if mesh is not None:
+        check_decoding(config.model, mesh)
     if is_cpu and dtype == jnp.float16:
         raise InputError("dtype=float16: a CPU has no products in it; use float32")
     print(f"note: {preflight(source, mesh, dtype, quantize)}", file=sys.stderr)
@@ -165,6 +167,10 @@ class LanguageModel:
         if not isinstance(samples, int) or samples < 1 or (sample.beams > 1 and samples > sample.beams):
             most = f"sample.beams={sample.beams}" if sample.beams > 1 else "as many as fit"
             raise InputError(f"samples={samples}: must be from 1 to {most}")
+        if samples > 1 and sample.beams == 1 and sample.temperature == 0:
+            raise InputError(
+                f"samples={samples}: at sample.temperature=0.0 all would be the same; raise it, or follow beams"
+            )
         if not isinstance(first, int) or not 0 <= first < 2**31:
             raise InputError(f"first={first}: the first prompt's number, in [0, 2^31)")
         if not prompts:

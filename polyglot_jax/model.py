@@ -46,10 +46,10 @@ REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-_SLOTS = ("batch", "attention_heads", None, "head_dim")
+CACHE_AXES = ("batch", "attention_heads", None, "head_dim")
 """The axes of a layer's cache, [B, H, S, K]."""
-_ROWS = 64
-"""Rows up to which each is written by an instruction of its own, which takes compiling time."""
+_ROWS = {"tpu": 64, "cpu": 16}
+"""Rows of a device up to which each is written by an instruction of its own, which takes compiling time."""
 
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
@@ -206,7 +206,7 @@ class Attention(_Part):
             y = attention.causal(q, k, v, "xla" if self.is_initializing() else self.kernel)
         else:
             cache = {
-                name: self.constrain(_stored(cache[name], new, positions), *_SLOTS)
+                name: self.constrain(_stored(cache[name], new, positions), *CACHE_AXES)
                 for name, new in (("k", k), ("v", v))
             }
             y = attention.cached(q, cache["k"].astype(self.dtype), cache["v"].astype(self.dtype), positions)
@@ -218,9 +218,15 @@ class Attention(_Part):
 def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """[B, H, S, K] with `new`, [B, T, H, K], in the slots `positions`, int[B, T]; a slot that is not there is none."""
     new = new.swapaxes(1, 2).astype(slots.dtype)
-    if new.shape[2] > 1 or len(slots) > _ROWS:
+    if new.shape[2] > 1:
         return _scattered(slots, new, positions)
-    return jax.lax.platform_dependent(slots, new, positions, tpu=_row_by_row, default=_scattered)
+    arrays = ((slots, CACHE_AXES), (new, CACHE_AXES), (positions, ("batch", None)))
+    return on_each(_stored_token, *arrays, layout="decoding")
+
+
+def _stored_token(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    by_row = {platform: _row_by_row for platform, most in _ROWS.items() if len(slots) <= most}
+    return jax.lax.platform_dependent(slots, new, positions, **by_row, default=_scattered)
 
 
 @jax.vmap
@@ -231,12 +237,11 @@ def _scattered(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Ar
 def _row_by_row(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """For one token a row; beyond the last slot it takes the last, which is right for rows that are over.
 
-    XLA for TPUs turns the whole cache round for a scatter, and for this too unless told not to.
+    For a scatter, XLA copies the whole cache on CPUs, and on TPUs turns it round, for this too unless told not to.
     """
     for row in range(len(slots)):
         slots = jax.lax.dynamic_update_slice(slots, new[row : row + 1], (row, 0, positions[row, 0], 0))
-    as_named = memory.Layout((0, 1, 2, 3))
-    return on_each(lambda x: memory.with_layout_constraint(x, as_named), slots, *_SLOTS, layout="decoding")
+    return memory.with_layout_constraint(slots, memory.Layout((0, 1, 2, 3)))
 
 
 class MLP(_Part):
@@ -419,6 +424,6 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache
 
     def zeros() -> jax.Array:
         zeros = jnp.zeros((batch, config.heads, slots, config.head_dim), dtype)
-        return constrain(zeros, *_SLOTS, layout="decoding")
+        return constrain(zeros, *CACHE_AXES, layout="decoding")
 
     return tuple({"k": zeros(), "v": zeros()} for _ in range(config.layers))

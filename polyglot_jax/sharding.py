@@ -123,11 +123,24 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     """InputError, by dotted name, if a size of the model does not divide over `mesh` in training."""
     for name, size in model.sizes.items():
         axes = RULES["attention_heads" if name == "heads" else name].training
-        _check_divides({axis: mesh.shape[axis] for axis in (*axes, *(_SHARES if name in _FSDP else ()))},
-                       f"model.{name}", size)  # fmt: skip
+        check_divides({axis: mesh.shape[axis] for axis in (*axes, *(_SHARES if name in _FSDP else ()))},
+                      f"model.{name}", size)  # fmt: skip
 
 
-def _check_divides(sizes: dict[str, int], name: str, size: int) -> None:
+def check_decoding(model: ModelConfig, mesh: Mesh) -> None:
+    """InputError if `mesh` is not of `make_mesh`, or its tensor axis does not divide what it is there to split.
+
+    The axes that share out what they can, fsdp and sequence, are not asked.
+    """
+    if mesh.axis_names != MESH_AXES:
+        raise InputError(f"mesh: its axes are {mesh.axis_names}; they must be {MESH_AXES}, as make_mesh has them")
+    for name, size in model.sizes.items():
+        if "tensor" in RULES[name].decoding:
+            check_divides({"tensor": mesh.shape["tensor"]}, f"model.{name}", size)
+
+
+def check_divides(sizes: dict[str, int], name: str, size: int) -> None:
+    """InputError, with sizes that would do, if `sizes` of mesh axes together do not divide the `size` of `name`."""
     parts = math.prod(sizes.values())
     if size % parts:
         which = [n for n in divisors(size) if n < 2 * parts]
@@ -146,7 +159,7 @@ def check(config: Config, mesh: Mesh) -> None:
             f"train.batch_size={train.batch_size}: its {train.accumulate} part(s) of {part} sequences do not divide "
             f"over {product(sizes)}; {_any_of(fitting)} would"
         )
-    _check_divides({"sequence": mesh.shape["sequence"]}, "train.sequence_length", train.sequence_length)
+    check_divides({"sequence": mesh.shape["sequence"]}, "train.sequence_length", train.sequence_length)
 
 
 def parts(name: str, mesh: Mesh | AbstractMesh | None = None, layout: Layout = "training") -> int:
@@ -227,12 +240,23 @@ def constrain(x: jax.Array, *axes: str | None, layout: Layout = "training") -> j
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, layout))
 
 
-def on_each(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None, layout: Layout = "training"
-) -> jax.Array:
-    """`function` of each device's part of `x`, split by its axis names; of the whole without a mesh."""
+def shard_shape(axes: Sequence[str | None], shape: Sequence[int], layout: Layout = "training") -> tuple[int, ...]:
+    """A device's part of an array of `shape` that `constrain` lays out."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(x)
-    where = spec(axes, x.shape, mesh, layout)
-    return jax.shard_map(function, in_specs=where, out_specs=where, check_vma=False)(x)
+        return tuple(shape)
+    return NamedSharding(mesh, spec(axes, shape, mesh, layout)).shard_shape(tuple(shape))
+
+
+def on_each(
+    function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Sequence[str | None]], layout: Layout = "training"
+) -> jax.Array:
+    """`function` of each device's parts of `arrays`, each given with its axis names; of the whole without a mesh.
+
+    The result is laid out as the first of them.
+    """
+    mesh, values = jax.sharding.get_abstract_mesh(), [x for x, _ in arrays]
+    if mesh.empty:
+        return function(*values)
+    where = tuple(spec(axes, x.shape, mesh, layout) for x, axes in arrays)
+    return jax.shard_map(function, in_specs=where, out_specs=where[0], check_vma=False)(*values)

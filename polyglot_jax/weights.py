@@ -25,7 +25,7 @@ from polyglot_jax.hf_folder import HfFolder
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.parallel import in_order
 from polyglot_jax.quantise import SCALE, inputs_of, is_quantised, quantised
-from polyglot_jax.sharding import Layout, shardings
+from polyglot_jax.sharding import RULES, Layout, parts, shardings
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import Tokenizer
 
@@ -90,6 +90,10 @@ def preflight(source: Source, mesh: Mesh | None, dtype: Any, quantize: str | Non
         f"{source.path.name}: {readable(weights)} of {quantize or dtype} weights and {readable(cache)} for the cache "
         f"of a row of {model.context:,} tokens on each device"
     )
+    names = {axis for axis, rule in RULES.items() if axis in model.sizes and rule.decoding}
+    whole = [] if mesh is None else sorted(n for n in names if size((n,)) * parts(n, mesh, "decoding") > model.sizes[n])
+    if whole:
+        needed += f" (mesh.fsdp and mesh.sequence do not divide model.{', model.'.join(whole)}: split less, or not)"
     free = free_memory(devices)
     if free is None:
         return needed

@@ -56,6 +56,19 @@ def test_quarters_of_the_queries_agree_with_the_formula(length):
         assert off_by(mine, theirs) < 1e-6, name
 
 
+def test_a_long_prompt_is_read_some_queries_at_a_time(monkeypatch):
+    """The formula's numbers, and scores of no more queries at once."""
+    monkeypatch.setattr(attention, "QUERIES", 16)
+    q, k, v = some_heads(40, 3, 16)
+    positions = jnp.broadcast_to(jnp.arange(40), (2, 40))
+    slots = [jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 24), (0, 0)), constant_values=9.0) for x in (k, v)]
+    with jax.default_matmul_precision("highest"):
+        read = jax.jit(attention.cached)
+        assert off_by(read(q, *slots, positions), plain(q, k, v)) < 1e-6
+        text = read.lower(q, *slots, positions).as_text()
+    assert "x16x64xf32" in text and "x40x64xf32" not in text
+
+
 # A block alone, several blocks (of which some are skipped), and the heads of 256 of the 5.8B model.
 @pytest.mark.parametrize("length, heads, head_dim", [(128, 2, 128), (640, 1, 128), (256, 1, 256)])
 def test_splash_agrees_with_the_formula_and_its_gradients_with_xla(length, heads, head_dim):

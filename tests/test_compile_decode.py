@@ -24,7 +24,7 @@ from polyglot_jax.compile.timeline import LAUNCH, Timeline
 from polyglot_jax.config import Config, InputError, MeshConfig, SampleConfig, TrainConfig
 from polyglot_jax.generate import Generator
 from polyglot_jax.hardware import CHIPS
-from polyglot_jax.model import Transformer, _row_by_row, _scattered, split_layers
+from polyglot_jax.model import Transformer, _scattered, _stored, split_layers
 from polyglot_jax.sampling import Form, Sampling
 
 CHIP = CHIPS["v5e"]
@@ -173,17 +173,21 @@ def test_a_program_without_a_loop_is_refused():
 def test_tokens_are_stored_row_by_row_as_a_scatter_would(mesh):
     slots = jax.random.normal(jax.random.key(0), (4, 8, 16, 8))
     new, positions = jax.random.normal(jax.random.key(1), (4, 8, 1, 8)), jnp.array([[0], [15], [7], [3]])
-    expected = _scattered(slots, new, positions)
+    expected, store = _scattered(slots, new, positions), jax.jit(_stored)
     assert not np.array_equal(expected, slots)
+    new = new.swapaxes(1, 2)
     if mesh is None:
-        found = jax.jit(_row_by_row)(slots, new, positions)
+        found, text = store(slots, new, positions), store.lower(slots, new, positions).as_text()
     else:
         on = sharding.make_mesh(mesh)
-        where = NamedSharding(on, PartitionSpec("data", "tensor"))
+        slots_at, new_at = (NamedSharding(on, PartitionSpec("data", *axes)) for axes in (("tensor",), (None, "tensor")))
+        slots, new = jax.device_put(slots, slots_at), jax.device_put(new, new_at)
         with jax.set_mesh(on):
-            found = jax.jit(_row_by_row)(jax.device_put(slots, where), jax.device_put(new, where), positions)
-        assert found.sharding.is_equivalent_to(where, 4)
+            found, text = store(slots, new, positions), store.lower(slots, new, positions).compile().as_text()
+        assert found.sharding.is_equivalent_to(slots_at, 4)
+        assert "collective" not in text and "all-" not in text
     np.testing.assert_array_equal(found, expected)
+    assert not re.search(r"stablehlo\.scatter| scatter\(", text)
 
 
 def small_config(model):

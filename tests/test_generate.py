@@ -14,7 +14,7 @@ from models import KOREAN, model_config, off_by, random_params
 from speakers import EOS, VALID, config_of, constant, script, their_tokens, tokenizer, tokens_of
 
 import polyglot_jax
-from polyglot_jax import checkpoint
+from polyglot_jax import checkpoint, generate
 from polyglot_jax.config import InputError, MeshConfig, SampleConfig
 from polyglot_jax.generate import Batch, Generator
 from polyglot_jax.language_model import LanguageModel
@@ -229,6 +229,37 @@ def test_numbers_that_count_nothing_are_input_errors(pair, how):
         pair[1].generate("마을", max_new_tokens=2, **how)
 
 
+def test_samples_that_would_be_the_same_are_refused(pair):
+    with pytest.raises(InputError, match=r"^samples=2: at sample\.temperature=0\.0 all would be the same; raise it"):
+        pair[1].generate("마을", samples=2)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1.0, "samples": 5}, {"beams": 3}], ids=str)
+def test_what_has_no_room_is_refused_before_it_is_begun(pair, monkeypatch, how):
+    """5 prompts, which are 8 rows."""
+    lm, prompts = pair[1], ["마을"] * 5
+    model = lm.config.model
+    row = 2 * model.layers * model.embed * 4 * 64  # the cache of a row of 64 slots
+    monkeypatch.setattr(generate, "free_memory", lambda devices: 8 * 6 * row)
+    with pytest.raises(InputError, match=r"^5 prompt\(s\) x \d of 64 tokens: need about .* MB are free; give fewer at"):
+        lm.generate(prompts, max_new_tokens=8, **how)
+    monkeypatch.setattr(generate, "free_memory", lambda devices: 8 * 8 * row + 10**6)
+    assert len(lm.generate(prompts, max_new_tokens=8, **how)) == 5
+
+
+def test_a_row_takes_less_room_where_heads_are_split(pair, monkeypatch, tmp_path):
+    """The same prompts, refused by one device, go over eight with an eighth of the room each."""
+    model = pair[1].config.model
+    cache = 2 * model.layers * model.embed * 4 * 128 * 16  # 16 rows of 128 slots
+    monkeypatch.setattr(generate, "free_memory", lambda devices: cache)
+    with pytest.raises(InputError, match=r"^16 prompt\(s\) x 1 of 128 tokens: need about"):
+        pair[1].generate(["마을"] * 16, max_new_tokens=100)
+    checkpoint.save(tmp_path / "model", pair[1].config, random_params(model, seed=3))
+    many = polyglot_jax.load(tmp_path / "model", mesh=make_mesh(MeshConfig(data=2, tensor=4)))
+    many.tokenizer = pair[1].tokenizer
+    assert len(many.generate(["마을"] * 16, max_new_tokens=100)) == 16
+
+
 def test_unknown_settings_are_input_errors(pair):
     with pytest.raises(InputError, match=r"^sample\.top_q: no such setting; there are beams, "):
         pair[1].generate("마을", top_q=0.5)
@@ -350,7 +381,7 @@ def test_eight_devices_generate_what_one_does(tmp_path):
     for rows in (1, 3):  # a single prompt, and one row less than the replicas
         tokens = np.arange(rows * 20).reshape(rows, 20)
         assert off_by(eight.logits(tokens), one.logits(tokens)) < 1e-5
-    more = polyglot_jax.load(path, mesh=make_mesh(MeshConfig(tensor=8)))  # devices than heads, which stay whole
+    more = polyglot_jax.load(path, mesh=make_mesh(MeshConfig(fsdp=8)))  # devices than heads, which stay whole
     assert more.generate(prompts[:1], max_new_tokens=16) == one.generate(prompts[:1], max_new_tokens=16)
 
 

@@ -66,6 +66,20 @@ def test_what_loading_needs_is_said_first(tmp_path, capsys, monkeypatch):
     polyglot_jax.load(path, mesh=make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
 
 
+def test_a_mesh_that_does_not_divide(tmp_path, capsys):
+    """The tensor axis has to; the axes that share out what they can say what they cannot."""
+    model = model_config()
+    checkpoint.save(tmp_path / "model", config_of(model), random_params(model, seed=14))
+    devices = jax.devices()[:3]
+    with pytest.raises(InputError, match=rf"^mesh\.tensor=3: does not divide model\.\w+={model.vocab}; 1, 2 or "):
+        polyglot_jax.load(tmp_path / "model", mesh=make_mesh(MeshConfig(data=1, tensor=3), devices))
+    lm = polyglot_jax.load(tmp_path / "model", mesh=make_mesh(MeshConfig(data=1, fsdp=3), devices))
+    assert "(mesh.fsdp and mesh.sequence do not divide model.heads, model.vocab: " in capsys.readouterr().err
+    assert lm.logits([[5, 6]]).shape == (1, 2, model.vocab)
+    with pytest.raises(InputError, match=r"^mesh: its axes are \('x',\); they must be \('slices', 'data', "):
+        polyglot_jax.load(tmp_path / "model", mesh=jax.make_mesh((8,), ("x",)))
+
+
 def test_free_memory_is_what_the_system_says():
     one, all_ = free_memory(jax.devices()[:1]), free_memory(jax.devices())
     assert 10**8 < one < 2**50

@@ -146,6 +146,8 @@ def estimate(config: Config, topology: str, decode: Decode, dump_hlo: str | None
     chip, devices = describe(topology)
     mesh = sharding.make_mesh(_decoding(config.mesh, len(devices)), devices)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
+    sharding.check_decoding(config.model, mesh)
+    sharding.check_divides({axis: mesh.shape[axis] for axis in ("slices", "data")}, "--batch-size", decode.rows)
     model = Transformer(config.model, jnp.bfloat16, layout="decoding")
     params = abstract_weights(model, mesh, decode.quantize)
     generator, start = Generator(model, config, platform="tpu"), time.perf_counter()
