@@ -20,7 +20,7 @@ import shutil
 import sys
 import threading
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,20 +32,17 @@ from etils import epath
 from isal.isal_zlib import crc32
 from tqdm import tqdm
 
-from polyglot_jax import hosts, store
+from polyglot_jax import hosts, manifest, store
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.files import beside, new_folder, read_config
+from polyglot_jax.manifest import DAMAGED, Files, file_crc32, files_in, is_checkpoint, measure
 from polyglot_jax.orbax_noise import quiet
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
 from polyglot_jax.tokenizer import read_text
 from polyglot_jax.two_phases import TwoPhases
 
-FORMAT, VERSION = "polyglot-jax-checkpoint", 2
-_DAMAGED = "the checkpoint is damaged, use another one"
 Tree = dict[str, Any]
-Files = dict[str, tuple[int, int]]
-"""Size and CRC-32, by name."""
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def start_save(
         def write() -> Files:
             _each(writing)  # whoever is told of a failure deletes the folder, so nobody may be writing
             ours = f"/ocdbt.process_{jax.process_index()}/d/"  # the data; the rest is small, and changes at the end
-            return {name: _measure(folder / name) for name in _files_in(folder) if ours in name}
+            return {name: measure(folder / name) for name in files_in(folder) if ours in name}
 
         def commit(parts: list[Files]) -> None:
             for name in trees:
@@ -217,81 +214,7 @@ def _write_rest(
     (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer.encode())
-    files = {}
-    found = sorted(_files_in(folder))
-    if lost := known.keys() - set(found):
-        raise InputError(f"{folder / min(lost)}: was deleted while the checkpoint was being written; write it again")
-    for name in found:
-        size, checksum = known.get(name) or _measure(folder / name)
-        files[name] = {"bytes": size, "crc32": f"{checksum:08x}"}
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "metrics": metrics or {},
-        "params": {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in params.items()},
-        "files": files,
-    }
-    manifest["crc32"] = _crc32_of(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _files_in(folder: Path) -> Iterator[str]:
-    """Names of all files in a folder, but for the hidden ones that systems and editors put anywhere."""
-    for file in folder.rglob("*"):
-        if not file.name.startswith(".") and not file.is_dir():
-            yield file.relative_to(folder).as_posix()
-
-
-def _measure(file: Path) -> tuple[int, int]:
-    """Size and checksum."""
-    return file.stat().st_size, _crc32(file)
-
-
-def _crc32(file: Path) -> int:
-    checksum = 0
-    with open(file, "rb") as opened:
-        while part := opened.read(2**22):
-            checksum = crc32(part, checksum)
-    return checksum
-
-
-def _crc32_of(manifest: dict[str, Any]) -> str:
-    """Of a manifest's own content."""
-    return f"{crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether `path` claims to be a checkpoint of ours: its manifest says so, or is lost from a half-written one."""
-    manifest = Path(path) / "manifest.json"
-    if not manifest.is_file():
-        return (Path(path) / "params" / "_METADATA").is_file()
-    try:
-        return json.loads(manifest.read_bytes())["format"] == FORMAT
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return (Path(path) / "params" / "_METADATA").is_file()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        checksum = manifest.pop("crc32", None) if isinstance(manifest, dict) else None
-        actual = _crc32_of(manifest)
-    except FileNotFoundError as error:
-        what = "a half-written checkpoint" if is_checkpoint(path) else "no checkpoint"
-        raise InputError(f"{path}: {what}: it has no manifest.json; use another one") from error
-    except (ValueError, RecursionError) as error:  # not JSON, or not even text
-        raise InputError(f"{file}: {error}; {_DAMAGED}") from error
-    found = manifest.keys() if isinstance(manifest, dict) else set()
-    for key, known in (("format", FORMAT), ("version", VERSION)):
-        if key in found and manifest[key] != known:
-            raise InputError(f"{file}: {key}={manifest[key]}: this program reads {known}")
-    if missing := {"format", "version", "step", "params", "files"} - found:
-        raise InputError(f"{file}: no {', '.join(sorted(missing))}; {_DAMAGED}")
-    if checksum != actual:
-        raise InputError(f"{file}: its content is not what was written; {_DAMAGED}")
-    return manifest
+    manifest.write(folder, step, metrics or {}, params, known)
 
 
 def of_run(run: str | Path) -> list[Path]:
@@ -361,11 +284,11 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         """InputError if `path` holds no checkpoint, a half-written one, a damaged one, or one of another format."""
         self.path = path = Path(path).resolve()  # TensorStore takes no ".."
-        manifest = _read_manifest(path)
-        self._files: dict[str, dict[str, Any]] = manifest["files"]
-        surplus = sorted(name for name in _files_in(path) if name not in self._files and name != "manifest.json")
+        about = manifest.read(path)
+        self._files: dict[str, dict[str, Any]] = about["files"]
+        surplus = sorted(name for name in files_in(path) if name not in self._files and name != "manifest.json")
         if surplus:
-            raise InputError(f"{path / surplus[0]}: does not belong to the checkpoint; move it away, or {_DAMAGED}")
+            raise InputError(f"{path / surplus[0]}: does not belong to the checkpoint; move it away, or {DAMAGED}")
         self._unchecked = set(self._files)
         self._checking = threading.Lock()
         for name, entry in self._files.items():
@@ -373,16 +296,16 @@ class Checkpoint:
             found = file.stat().st_size if file.is_file() else None
             if found != entry["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-                raise InputError(f"{file}: {state}; {_DAMAGED}")
+                raise InputError(f"{file}: {state}; {DAMAGED}")
         # Not the arrays' chunks, in folders c (zarr's) or d (OCDBT's): those are checked when they are read.
         self._check(*(name for name in self._files if "/c/" not in name and "/d/" not in name))
-        self.step: int = manifest["step"]
-        self.metrics: dict[str, float] = manifest.get("metrics", {})
+        self.step: int = about["step"]
+        self.metrics: dict[str, float] = about.get("metrics", {})
         self.config = read_config(path / "config.json")
         self.tokenizer = read_text(path / "tokenizer.json")
         self.params = {
             name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
-            for name, leaf in manifest["params"].items()
+            for name, leaf in about["params"].items()
         }
         self._reader = store.Reader(path / "params", self._load)
 
@@ -390,7 +313,7 @@ class Checkpoint:
         """Compare files with their checksums, each once; InputError naming the first that is not as it was written."""
         with self._checking:
             for name in sorted(self._unchecked.intersection(names)):
-                self._compare(name, _crc32(self.path / name))
+                self._compare(name, file_crc32(self.path / name))
 
     def check(self) -> None:
         """Compare every file with its checksum; InputError naming the first that is not as it was written.
@@ -407,7 +330,7 @@ class Checkpoint:
 
     def _compare(self, name: str, checksum: int) -> None:
         if f"{checksum:08x}" != self._files[name]["crc32"]:
-            raise InputError(f"{self.path / name}: its bytes are not those that were written; {_DAMAGED}")
+            raise InputError(f"{self.path / name}: its bytes are not those that were written; {DAMAGED}")
         self._unchecked.discard(name)
 
     def _load(self, file: str) -> np.ndarray:
