@@ -339,20 +339,8 @@ def test_the_program_itself_exits_with_status_1_and_no_traceback(tmp_path):
 # A room imports only from rooms on lower floors. A package is one room; what lies inside may import each other.
 FLOORS = [
     {"config", "families"},
-    {
-        "cli",
-        "files",
-        "hardware",
-        "hosts",
-        "hub",
-        "manifest",
-        "names",
-        "orbax_noise",
-        "parallel",
-        "preemption",
-        "quantise",
-    }
-    | {"sampling", "sharding", "token_files", "tokenizer", "torch_files"},
+    {"cli", "files", "hardware", "hosts", "hub", "names", "orbax_noise", "parallel", "preemption", "quantise"}
+    | {"manifest", "sampling", "sharding", "token_files", "tokenizer", "torch_files"},
     {"attention", "stopping", "two_phases"},
     {"model", "optimizer", "data", "log", "source", "safetensors_files", "store"},
     {"checkpoint", "hf_folder", "steps"},
