@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import sys
-from importlib.util import find_spec
 
 import pytest
 import zstandard
@@ -19,6 +18,7 @@ from polyglot_jax.prepare.train_tokenizer import TokenizerConfig, make_tokenizer
 from polyglot_jax.prepare.web import DEEPEST, decoded, is_page
 from polyglot_jax.tokenizer import train_tokenizer
 
+brotli = pytest.importorskip("brotli")
 pytest.importorskip("warcio")
 pytest.importorskip("resiliparse")
 
@@ -289,16 +289,13 @@ def test_pages_packed_by_what_warcio_does_not_unpack(tmp_path, monkeypatch):
     *good, long = rows(tmp_path / "a.warc")
     assert [row.text for row in good] == [NEWS, NEWS] and long.problem == "length"
 
-    if find_spec("brotli"):
-        import brotli
-
-        (tmp_path / "a.warc").write_bytes(record(brotli.compress(NEWS.encode()), http=heads["br"]))
-        assert [row.text for row in rows(tmp_path / "a.warc")] == [NEWS]
-        (tmp_path / "a.warc").write_bytes(record(brotli.compress(b"a" * (2 * LONGEST)), http=heads["br"]))
-        assert [row.problem for row in rows(tmp_path / "a.warc")] == ["length"]
+    (tmp_path / "a.warc").write_bytes(record(brotli.compress(NEWS.encode()), http=heads["br"]))
+    assert [row.text for row in rows(tmp_path / "a.warc")] == [NEWS]
+    (tmp_path / "a.warc").write_bytes(record(brotli.compress(b"a" * (2 * LONGEST)), http=heads["br"]))
+    assert [row.problem for row in rows(tmp_path / "a.warc")] == ["length"]
     monkeypatch.setitem(sys.modules, "brotli", None)
     (tmp_path / "a.warc").write_bytes(record(b"packed", http=heads["br"]))
     [bad] = rows(tmp_path / "a.warc")
-    assert bad.problem == "page" and "from 'br' (needs brotli 1.2 or later, which pip installs)" in bad.reason
+    assert bad.problem == "page" and "from 'br' (needs brotli; pip install -r requirements-corpus.txt)" in bad.reason
     (tmp_path / "a.warc").write_bytes(record(b"\xff\x80" * 99, http=heads["br"].replace("br", "xz")))
     assert rows(tmp_path / "a.warc")[0].reason.endswith(", which is packed as 'xz'")

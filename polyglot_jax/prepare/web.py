@@ -130,9 +130,9 @@ def _unpacked(record: ArcWarcRecord, packing: str) -> bytes:
         with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed) as reader:
             return reader.read(LONGEST + 1)
     try:
-        import brotli  # not among the requirements
+        import brotli
     except ImportError as error:
-        raise ImportError("needs brotli 1.2 or later, which pip installs") from error
+        raise ImportError("needs brotli; pip install -r requirements-corpus.txt") from error
     return brotli.Decompressor().process(packed, output_buffer_limit=LONGEST + 1)
 
 
