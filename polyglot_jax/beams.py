@@ -16,7 +16,7 @@ import numpy as np
 
 from polyglot_jax import steps
 from polyglot_jax.config import SampleConfig
-from polyglot_jax.generate import Batch, Decoding, Generator, Made, adjusted, check_room, start
+from polyglot_jax.generate import Batch, Decoding, Generator, Made, adjusted, check_batch, start
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.sampling import Form, Sampling
 
@@ -147,7 +147,8 @@ class BeamSearch:
     ) -> list[list[Made]]:
         """sample.beams continuations of each prompt, best first. InputError as of `Generator.run`."""
         batch = Batch.of(prompts, sample.max_new_tokens, self._generator.config.model.context, self._generator.replicas)
-        check_room(self._generator.model, batch, 2 * sample.beams)  # those gone on from, and their next
+        copies = 2 * sample.beams  # those gone on from, and their next
+        check_batch(self._generator.model, batch, copies, f"{sample.beams} beams")
         found = self._search(
             batch.slots, sample.beams, tuple(ends), Form.of(sample), params, batch.tokens, batch.lengths,
             batch.is_filler, Sampling.of(sample), Rules.of(sample),

@@ -340,7 +340,14 @@ class SampleConfig:
     def __post_init__(self) -> None:
         _require_finite("sample", self)
         _require_positive("sample", self, "max_new_tokens")
-        _require(self.temperature >= 0, "sample.temperature", self.temperature, "must not be negative")
+        # Within these bounds nothing that is computed from them in float32 becomes infinite, or 0.
+        temperature, repetition = self.temperature, self.repetition_penalty
+        _require(temperature == 0 or 1e-6 <= temperature <= 1e6, "sample.temperature", temperature,
+                 "must be 0, or from 1e-6 to 1e6")  # fmt: skip
+        _require(1e-6 <= repetition <= 1e6, "sample.repetition_penalty", repetition, "must be from 1e-6 to 1e6")
+        for name, most in (("frequency_penalty", 1e6), ("length_penalty", 10)):
+            value = getattr(self, name)
+            _require(abs(value) <= most, f"sample.{name}", value, f"must be from -{most:g} to {most:g}")
         _require(0 <= self.top_k < 2**31, "sample.top_k", self.top_k, "must not be negative, and below 2^31")
         # Below float32's least normal number it would be 0 on the device.
         _require(2**-126 <= self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0 and at most 1")
@@ -351,7 +358,7 @@ class SampleConfig:
             self.min_new_tokens,
             f"must be from 0 to sample.max_new_tokens={self.max_new_tokens}",
         )
-        _require_positive("sample", self, "repetition_penalty", "beams")
+        _require_positive("sample", self, "beams")
         _require(self.no_repeat_ngram >= 0, "sample.no_repeat_ngram", self.no_repeat_ngram, "must not be negative")
         _require(
             self.beams == 1 or self.temperature == 0,

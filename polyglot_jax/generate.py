@@ -19,7 +19,7 @@ import numpy as np
 
 from polyglot_jax import sampling, steps
 from polyglot_jax.attention import QUERIES
-from polyglot_jax.config import Config, InputError, SampleConfig
+from polyglot_jax.config import Config, InputError, ModelConfig, SampleConfig
 from polyglot_jax.hardware import free_memory, readable
 from polyglot_jax.model import CACHE_AXES, Cache, Params, Transformer, init_cache
 from polyglot_jax.sampling import Counts, Form, Sampling
@@ -120,7 +120,7 @@ def _continue(
         keys = jax.vmap(jax.random.fold_in)(state.keys, positions)
         chosen = sampling.choose(adjusted(state, state.logits, valid_ids, form, ends, settings), keys, settings)
         goes = ~state.done & (state.made < limit)
-        # A row that rests writes behind the slots, so that it may go on later.
+        # A row that rests writes behind its slots, or, on a CPU or TPU, into its last: none of them ever goes on.
         at = jnp.where(goes, positions, slots)
         log_probabilities = state.logits[rows, chosen] - jax.nn.logsumexp(state.logits, axis=-1)
         logits, cache = steps.decode_step(model, params, chosen, at, state.cache)
@@ -182,28 +182,42 @@ class Batch(NamedTuple):
         return cls(tokens, lengths, np.arange(rows) >= len(prompts), slots)
 
 
-def check_room(model: Transformer, batch: Batch, samples: int) -> None:
-    """InputError if the devices of `jax.set_mesh` have no room for `samples` continuations of each prompt at once.
+def check_room(
+    config: ModelConfig, dtype: Any, what: str, less: str, *, read: tuple[int, int], cache: tuple[int, int],
+    logits: tuple[int, ...],
+) -> None:  # fmt: skip
+    """InputError if a device of `jax.set_mesh`, or the first one, has no room for what is made beside the weights.
 
-    Counted are what grows with them: cache (each sample's besides the prompt's), scores while the prompts are read,
-    and logits with the two copies that choosing makes.
+    read: rows and tokens of what is read at once; cache: its rows and slots; logits: rows and, where each of them has
+    some, tokens whose logits are held in float32. About as much is counted as these take. less: what helps.
     """
     mesh = jax.sharding.get_mesh()
     free = free_memory(jax.devices()[:1] if mesh.empty else list(mesh.devices.flat))
-    if free is None:
-        return
-    config, (prompts, length) = model.config, batch.tokens.shape
-    rows, item = prompts * (1 + samples if samples > 1 else 1), jnp.dtype(model.dtype).itemsize
-    slots = shard_shape(CACHE_AXES, (rows, config.heads, batch.slots, config.head_dim), "decoding")
-    scores = shard_shape(CACHE_AXES, (prompts, config.heads, min(length, QUERIES), batch.slots), "decoding")
-    logits = 4 * rows * config.vocab
-    needed = 2 * config.layers * item * math.prod(slots) + 2 * 4 * math.prod(scores) + 3 * logits
-    if needed > free:
+
+    def size(axes: Sequence[str | None], *shape: int) -> int:
+        return math.prod(shard_shape(axes, shape, "decoding"))
+
+    of_logits = ("batch", None) if len(logits) == 1 else ("batch", "length", "vocab")  # as they are constrained
+    wide = 2 * size(CACHE_AXES, read[0], config.heads, min(read[1], QUERIES), cache[1])  # scores and their softmax
+    wide += size(of_logits, *logits, config.vocab)
+    narrow = 2 * config.layers * size(CACHE_AXES, cache[0], config.heads, cache[1], config.head_dim)
+    narrow += size(("batch", None), read[0], read[1] * (4 * config.embed + config.mlp))
+    needed = 4 * wide + jnp.dtype(dtype).itemsize * narrow
+    if free is not None and needed > free:
         raise InputError(
-            f"{len(batch.is_filler) - batch.is_filler.sum():,} prompt(s) x {samples} of {batch.slots:,} tokens: need "
-            f"about {readable(needed)} on each device, and {readable(free)} are free; give fewer at a time (first= "
-            "keeps their draws), shorter ones, or a lower max_new_tokens"
+            f"{what}: need about {readable(needed)} on each device, and {readable(free)} are free; give {less}"
         )
+
+
+def check_batch(model: Transformer, batch: Batch, copies: int, each: str) -> None:
+    """As `check_room`, for `copies` continuations of each prompt, said as `each`, besides the prompt's own cache."""
+    prompts, rows = len(batch.tokens), len(batch.tokens) * (1 + copies if copies > 1 else 1)
+    what = f"{prompts - batch.is_filler.sum():,} prompt(s) x {each} of {batch.slots:,} tokens"
+    less = "fewer at a time (first= keeps their draws), shorter ones, or a lower max_new_tokens"
+    # Choosing makes two copies of the logits.
+    check_room(
+        model.config, model.dtype, what, less, read=batch.tokens.shape, cache=(rows, batch.slots), logits=(3 * rows,)
+    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +280,7 @@ class Generator:
         InputError if a prompt is empty or leaves too little room in the context.
         """
         batch = Batch.of(prompts, sample.max_new_tokens, self.config.model.context, self.replicas)
-        check_room(self.model, batch, samples)
+        check_batch(self.model, batch, samples, f"{samples} sample(s)")
         form, count = Form.of(sample), len(prompts) * samples
         state = self._start(batch.slots, samples, form, params, batch.tokens, batch.lengths, batch.is_filler,
                             jax.random.key(sample.seed), jnp.int32(first))  # fmt: skip

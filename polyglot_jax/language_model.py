@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import html
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from polyglot_jax.beams import BeamSearch
 from polyglot_jax.config import Config, InputError, SampleConfig, from_plain
-from polyglot_jax.generate import Generator, Made
+from polyglot_jax.generate import Generator, Made, check_room
 from polyglot_jax.hardware import readable
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.scoring import Pair, Scored, Scorer
@@ -81,6 +82,17 @@ def load(
     print(f"note: {preflight(source, mesh, dtype, quantize)}", file=sys.stderr)
     params = load_params(source, mesh, dtype, split=True, layout="decoding", quantize=quantize)
     return LanguageModel(config, params, tokenizer, mesh)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """A whole number of Python's or NumPy's as Python's; InputError by `name` if it is none, or out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not least <= number < 2**31:
+        raise InputError(f"{name}={value!r}: must be a whole number from {least} to 2^31 - 1")
+    return number
 
 
 class LanguageModel:
@@ -164,15 +176,14 @@ class LanguageModel:
             prompts = [prompts]
         prompts = list(prompts)
         sample, ends = self._sample(settings), self._stop(stop)
-        if not isinstance(samples, int) or samples < 1 or (sample.beams > 1 and samples > sample.beams):
-            most = f"sample.beams={sample.beams}" if sample.beams > 1 else "as many as fit"
-            raise InputError(f"samples={samples}: must be from 1 to {most}")
+        samples = _count("samples", samples, 1)
+        if samples > sample.beams > 1:
+            raise InputError(f"samples={samples}: must be at most sample.beams={sample.beams}")
         if samples > 1 and sample.beams == 1 and sample.temperature == 0:
             raise InputError(
                 f"samples={samples}: at sample.temperature=0.0 all would be the same; raise it, or follow beams"
             )
-        if not isinstance(first, int) or not 0 <= first < 2**31:
-            raise InputError(f"first={first}: the first prompt's number, in [0, 2^31)")
+        first = _count("first", first, 0)
         if not prompts:
             return []
         ids = self._prompts(prompts, sample, keep_end)
@@ -212,7 +223,7 @@ class LanguageModel:
         sample, ends = self._sample(settings), self._stop(stop)
         if sample.beams > 1:
             raise InputError(f"sample.beams={sample.beams}: beam search knows no token before the last; use generate")
-        ids, text, shown = self._prompts([prompt], sample, keep_end), "", 0
+        first, ids, text, shown = _count("first", first, 0), self._prompts([prompt], sample, keep_end), "", 0
         is_over = self._is_over(ends, sample.min_new_tokens)
         states = self._generator.run(self.params, ids, sample, ends.ids, 1, first, is_over)
         while True:
@@ -233,7 +244,10 @@ class LanguageModel:
 
     def logits(self, tokens: Any) -> jax.Array:
         """int[B, T] -> float32[B, T, vocab]: unmasked, rows of padding included."""
-        tokens, vocab = np.asarray(tokens), self.config.model.vocab
+        try:
+            tokens, vocab = np.asarray(tokens), self.config.model.vocab
+        except ValueError as error:
+            raise InputError(f"tokens: {error}; logits takes int[B, T], rows of one length") from error
         if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
             raise InputError(f"tokens: {tokens.dtype}{list(tokens.shape)}; logits takes int[B, T]")
         if tokens.min() < 0 or tokens.max() >= vocab:  # indexing on a device would wrap or clamp them in silence
@@ -242,6 +256,9 @@ class LanguageModel:
         if tokens.shape[1] > context:  # likewise the rows of learned positions
             raise InputError(f"tokens: {tokens.shape[1]} in a row; the model takes {context}")
         with self._on_mesh():
+            rows, length = tokens.shape
+            check_room(self.config.model, self.model.dtype, f"logits of {rows:,} x {length:,} tokens", "fewer rows",
+                       read=(rows, length), cache=(0, length), logits=(rows, length))  # fmt: skip
             return self._logits(self.params, tokens.astype(np.int32))
 
     def score(self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int | None = None) -> Scores:
@@ -251,7 +268,10 @@ class LanguageModel:
         than the model's context loses its beginning. Continuations of one context share its computation. batch_size:
         contexts read at a time. InputError if a continuation is empty.
         """
-        if isinstance(contexts, str) or isinstance(continuations, str) or len(contexts) != len(continuations):
+        for name, texts in (("contexts", contexts), ("continuations", continuations)):
+            if isinstance(texts, str) or not isinstance(texts, Sequence):
+                raise InputError(f"{name}={texts!r}: must be a list of strings")
+        if len(contexts) != len(continuations):
             raise InputError(
                 f"contexts: {len(contexts)} for {len(continuations)} continuations; give a list of as many"
             )
@@ -269,6 +289,7 @@ class LanguageModel:
         batch_size: contexts read at a time; None: as many as are good for speed. Pairs of one context share its
         computation. InputError if a continuation is empty, or an id is not of this model.
         """
+        batch_size = None if batch_size is None else _count("batch_size", batch_size, 1)
         vocab = self.config.model.vocab
         for pair in pairs:
             ids = (*pair.context, *pair.continuation)
@@ -286,7 +307,8 @@ class LanguageModel:
         names = {field.name for field in dataclasses.fields(SampleConfig)}
         if unknown := sorted(settings.keys() - names):
             raise InputError(f"sample.{unknown[0]}: no such setting; there are {', '.join(sorted(names))}")
-        plain = {name: getattr(value, "item", lambda value=value: value)() for name, value in settings.items()}
+        plain = {name: value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
+                 for name, value in settings.items()}  # fmt: skip
         given = {name: value for name, value in plain.items() if value is not None}
         return from_plain(SampleConfig, dataclasses.asdict(self.config.sample) | given, "sample")
 
@@ -351,7 +373,7 @@ class LanguageModel:
             raise InputError(f"prompt={given!r}: prompts are strings, or each a list of ids")
         ids, vocab = np.asarray(given), self.config.model.vocab
         if ids.size and ids.dtype.kind not in "iu":
-            raise InputError(f"prompt={given!r}: ids are whole numbers")
+            raise InputError(f"prompt={given!r}: ids are whole numbers, 0 to {vocab - 1}")
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab:  # a device would clamp them in silence
             raise InputError(f"prompt: ids from {ids.min()} to {ids.max()}; they are 0 to {vocab - 1}")
         return ids.tolist()

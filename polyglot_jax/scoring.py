@@ -16,7 +16,7 @@ import numpy as np
 
 from polyglot_jax import steps
 from polyglot_jax.config import InputError
-from polyglot_jax.generate import bucket, width
+from polyglot_jax.generate import bucket, check_room, width
 from polyglot_jax.model import Params, Transformer
 
 BATCH_TOKENS, BATCH_LOGITS = 4096, 1 << 27
@@ -100,6 +100,9 @@ class Scorer:
                 for column, number in enumerate(numbers):
                     ids = fitted[number].continuation
                     continuations[row, column, : len(ids)], counts[row, column] = ids, len(ids)
+            what, room = f"batch_size={rows}: contexts of {read:,} tokens", {"cache": (rows, read + longest)}
+            room |= {"read": (rows, read), "logits": (2 * rows, longest)}
+            check_room(self.model.config, self.model.dtype, what, "a smaller one", **room)
             sums, greedy = jax.device_get(self._score(params, tokens, lengths, continuations, counts))
             where = [(row, column) for row, (_, numbers) in enumerate(batch) for column in range(len(numbers))]
             index = tuple(np.array(where).T)

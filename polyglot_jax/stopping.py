@@ -22,6 +22,8 @@ class Stop:
         if stop is None:
             return cls((end,))
         stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+            raise InputError(f"stop={stop!r}: must be a string, a list of strings, or None for the end of text")
         if "" in stop:
             raise InputError("stop: an empty string would stop at once; give [] to make max_new_tokens tokens")
         special = tokenizer.special if tokenizer else {}

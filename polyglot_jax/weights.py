@@ -35,8 +35,14 @@ def open_source(path: str | Path) -> Checkpoint | HfFolder:
 
     InputError if `path` is none of these, or cannot be had.
     """
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise InputError(f"path={path!r}: must name a run, a checkpoint, a Hugging Face folder or a model on the hub")
     local = Path(path)
-    if local.exists():
+    try:
+        is_here = local.exists()
+    except OSError as error:  # a name too long, say
+        raise InputError(f"{str(path)[:80]}: {error.strerror}") from error
+    if is_here:
         newest = checkpoint.newest(local)
         if newest is not None:
             return Checkpoint(newest)

@@ -112,7 +112,7 @@ def test_beam_search_refuses(pair):
         InputError, match=r"^sample\.beams=2: beam search draws nothing; set sample\.temperature=0\.5 to 0"
     ):
         lm.generate("마을", beams=2, temperature=0.5)
-    with pytest.raises(InputError, match=r"samples=3: must be from 1 to sample\.beams=2"):
+    with pytest.raises(InputError, match=r"samples=3: must be at most sample\.beams=2"):
         lm.complete("마을", samples=3, beams=2)
     with pytest.raises(InputError, match="stop='사람': a string ends no beam"):
         lm.generate("마을", beams=2, stop=["사람"])

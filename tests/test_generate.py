@@ -111,6 +111,8 @@ def test_logits_are_those_of_transformers(pair):
     for bad in ([[512]], [[-1]], [[1.5]]):
         with pytest.raises(InputError, match=r"^tokens: "):
             lm.logits(bad)
+    with pytest.raises(InputError, match=r"^tokens: .*logits takes int\[B, T\], rows of one length"):
+        lm.logits([[1], [2, 3]])
     with pytest.raises(InputError, match="tokens: 129 in a row; the model takes 128"):
         lm.logits([[5] * 129])
 
@@ -198,8 +200,10 @@ def test_numbers_of_any_kind_are_the_same_settings(pair):
     ("sample", "name"),
     [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
      ({"top_k": -1}, "top_k"), ({"seed": -1}, "seed"), ({"top_p": 1e-46}, "top_p"), ({"top_k": 2.5}, "top_k"),
-     ({"early_stopping": True}, "early_stopping"), ({"beams": 2.5}, "beams"),
-     ({"max_new_tokens": "9"}, "max_new_tokens")],
+     ({"frequency_penalty": 1e39}, "frequency_penalty"), ({"length_penalty": 11.0}, "length_penalty"),
+     ({"repetition_penalty": 1e-9}, "repetition_penalty"), ({"temperature": 1e-30}, "temperature"),
+     ({"temperature": np.ones(2)}, "temperature"), ({"early_stopping": True}, "early_stopping"),
+     ({"beams": 2.5}, "beams"), ({"max_new_tokens": "9"}, "max_new_tokens")],
 )  # fmt: skip
 def test_bad_settings_are_input_errors(pair, sample, name):
     with pytest.raises(InputError, match=rf"^sample\.{name}="):
@@ -223,10 +227,34 @@ def test_prompts_that_are_none_are_input_errors(pair, prompts, message):
         pair[1].generate(prompts, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("how", [{"samples": 1.5}, {"samples": 0}, {"first": 2**40}, {"first": -1}])
+@pytest.mark.parametrize("how", [{"samples": 1.5}, {"samples": 0}, {"samples": True}, {"first": 2**40}, {"first": -1}])
 def test_numbers_that_count_nothing_are_input_errors(pair, how):
-    with pytest.raises(InputError, match=f"^{next(iter(how))}="):
+    with pytest.raises(InputError, match=f"^{next(iter(how))}=.*: must be a whole number from "):
         pair[1].generate("마을", max_new_tokens=2, **how)
+    if "first" in how:
+        with pytest.raises(InputError, match=r"^first="):
+            next(pair[1].stream("마을", max_new_tokens=2, **how))
+    with pytest.raises(InputError, match=r"^batch_size=0: must be a whole number from 1 to "):
+        pair[1].score(["마을"], ["오면"], batch_size=0)
+
+
+def test_numpys_numbers_count_too(pair):
+    numbers = {"samples": np.int64(2), "first": np.int32(3)}
+    plain = {name: int(value) for name, value in numbers.items()}
+    drawn = {"max_new_tokens": 4, "temperature": 1.0}
+    assert pair[1].generate("마을", **drawn, **numbers) == pair[1].generate("마을", **drawn, **plain)
+
+
+@pytest.mark.parametrize("stop", [5, [5], [None], b"x"], ids=str)
+def test_what_is_no_string_stops_nothing(pair, stop):
+    with pytest.raises(InputError, match=r"^stop=.*: must be a string, a list of strings, or None"):
+        pair[1].generate("마을", stop=stop)
+
+
+@pytest.mark.parametrize("texts", [(3, 4), (iter(["마을"]), ["오면"]), (["마을"], "오면")])
+def test_what_is_scored_is_a_list(pair, texts):
+    with pytest.raises(InputError, match=r"^cont(exts|inuations)=.*: must be a list of strings$"):
+        pair[1].score(*texts)
 
 
 def test_samples_that_would_be_the_same_are_refused(pair):
@@ -241,10 +269,21 @@ def test_what_has_no_room_is_refused_before_it_is_begun(pair, monkeypatch, how):
     model = lm.config.model
     row = 2 * model.layers * model.embed * 4 * 64  # the cache of a row of 64 slots
     monkeypatch.setattr(generate, "free_memory", lambda devices: 8 * 6 * row)
-    with pytest.raises(InputError, match=r"^5 prompt\(s\) x \d of 64 tokens: need about .* MB are free; give fewer at"):
+    with pytest.raises(
+        InputError, match=r"^5 prompt\(s\) x . (sample\(s\)|beams) of 64 tokens: need about .* MB are free; give "
+    ):
         lm.generate(prompts, max_new_tokens=8, **how)
     monkeypatch.setattr(generate, "free_memory", lambda devices: 8 * 8 * row + 10**6)
     assert len(lm.generate(prompts, max_new_tokens=8, **how)) == 5
+
+
+def test_logits_and_scores_that_have_no_room_are_refused(pair, monkeypatch):
+    lm = pair[1]
+    monkeypatch.setattr(generate, "free_memory", lambda devices: 4 * 3 * 8 * lm.config.model.vocab)
+    with pytest.raises(InputError, match=r"^logits of 3 x 8 tokens: need about .*; give fewer rows$"):
+        lm.logits(np.ones((3, 8), int))
+    with pytest.raises(InputError, match=r"^batch_size=64: contexts of 16 tokens: need about .*; give a smaller one$"):
+        lm.score([f"마을 {i}" for i in range(64)], [" 오면"] * 64, batch_size=64)
 
 
 def test_a_row_takes_less_room_where_heads_are_split(pair, monkeypatch, tmp_path):
@@ -252,7 +291,7 @@ def test_a_row_takes_less_room_where_heads_are_split(pair, monkeypatch, tmp_path
     model = pair[1].config.model
     cache = 2 * model.layers * model.embed * 4 * 128 * 16  # 16 rows of 128 slots
     monkeypatch.setattr(generate, "free_memory", lambda devices: cache)
-    with pytest.raises(InputError, match=r"^16 prompt\(s\) x 1 of 128 tokens: need about"):
+    with pytest.raises(InputError, match=r"^16 prompt\(s\) x 1 sample\(s\) of 128 tokens: need about"):
         pair[1].generate(["마을"] * 16, max_new_tokens=100)
     checkpoint.save(tmp_path / "model", pair[1].config, random_params(model, seed=3))
     many = polyglot_jax.load(tmp_path / "model", mesh=make_mesh(MeshConfig(data=2, tensor=4)))

@@ -66,6 +66,12 @@ def test_what_loading_needs_is_said_first(tmp_path, capsys, monkeypatch):
     polyglot_jax.load(path, mesh=make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
 
 
+@pytest.mark.parametrize("path", [None, 5, b"x", "", "x" * 5000], ids=lambda path: repr(path)[:9])
+def test_what_names_no_model(path):
+    with pytest.raises(InputError, match=r"^path=.*: must name a run|^x{80}: File name too long"):
+        polyglot_jax.load(path)
+
+
 def test_a_mesh_that_does_not_divide(tmp_path, capsys):
     """The tensor axis has to; the axes that share out what they can say what they cannot."""
     model = model_config()
