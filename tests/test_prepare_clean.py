@@ -174,6 +174,8 @@ def test_settings_that_make_no_sense():
     for settings, message in (
         ({"steps": ("lenght",)}, r"cleaning\.steps=lenght: unknown; known are unicode html"),
         ({"min_length": 0}, r"cleaning\.min_length=0"),
+        ({"min_korean": float("nan")}, r"cleaning\.min_korean=nan: must be a finite number"),
+        ({"max_word_length": float("inf")}, r"cleaning\.max_word_length=inf: must be a finite number"),
         ({"min_length": 9, "max_length": 5}, r"cleaning\.min_length=9: above max_length=5"),
     ):
         with pytest.raises(InputError, match=message):
