@@ -206,6 +206,10 @@ def test_parquet(tmp_path):
         read(path, column="id")
     with pytest.raises(InputError, match=r"a\.parquet: no column body among id, text"):
         read(path, column="body")
+    doubled = pyarrow.Table.from_arrays([pyarrow.array(["하나"]), pyarrow.array(["둘"])], names=["text", "text"])
+    parquet.write_table(doubled, tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet: 2 columns are named text"):
+        read(tmp_path / "c.parquet")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match=r"a\.parquet: damaged or no parquet"):
         read(path)
