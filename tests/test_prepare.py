@@ -151,6 +151,10 @@ def test_column_and_its_defaults(run, tmp_path):
         run(file, out=tmp_path / "out3")
     with pytest.raises(InputError, match=r"a\.csv: no column B among Q, A"):
         run(file, column="B", out=tmp_path / "out3")
+    file.write_text("text,body,text\n하나,둘,셋\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.csv: 2 columns are named text; rename"):
+        run(file, out=tmp_path / "out3")
+    assert run(file, column="body", out=tmp_path / "doubled")[1] == ["둘"]
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"body": "하나"}\n', encoding="utf-8")
     reason = r"a\.jsonl: 1 of 1 rows are bad, such as line 1 \(no 'text' or 'document' among body\); .*--column"
@@ -461,6 +465,9 @@ def test_encodings_that_do_not_exist_or_do_not_fit(run, tmp_path):
     (tmp_path / "a.txt").write_text("abcd\n", encoding="utf-8")
     with pytest.raises(InputError, match="encoding=cp9490: Python knows no such text encoding"):
         run(tmp_path / "a.txt", encoding="cp9490")
+    for name in ("undefined", "utf\0-8"):  # the one codec that is none, and no name
+        with pytest.raises(InputError, match=f"encoding={name}: Python knows no such text encoding"):
+            run(tmp_path / "a.txt", encoding=name)
     with pytest.raises(InputError, match=r"a\.txt: encoding=utf-16: .*pass the one it is in"):
         run(tmp_path / "a.txt", encoding="utf-16")
 

@@ -174,6 +174,8 @@ def test_settings_that_make_no_sense():
     for settings, message in (
         ({"steps": ("lenght",)}, r"cleaning\.steps=lenght: unknown; known are unicode html"),
         ({"min_length": 0}, r"cleaning\.min_length=0"),
+        ({"min_korean": float("nan")}, r"cleaning\.min_korean=nan: must be a finite number"),
+        ({"max_word_length": float("inf")}, r"cleaning\.max_word_length=inf: must be a finite number"),
         ({"min_length": 9, "max_length": 5}, r"cleaning\.min_length=9: above max_length=5"),
     ):
         with pytest.raises(InputError, match=message):
@@ -204,6 +206,10 @@ def test_parquet(tmp_path):
         read(path, column="id")
     with pytest.raises(InputError, match=r"a\.parquet: no column body among id, text"):
         read(path, column="body")
+    doubled = pyarrow.Table.from_arrays([pyarrow.array(["하나"]), pyarrow.array(["둘"])], names=["text", "text"])
+    parquet.write_table(doubled, tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet: 2 columns are named text"):
+        read(tmp_path / "c.parquet")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match=r"a\.parquet: damaged or no parquet"):
         read(path)

@@ -204,6 +204,32 @@ def test_audit_of_masked_and_of_plain_tokens(prepared, tmp_path, capsys):
     assert "personal data left: 1 tel, 1 rrn, 1 acc, 1 email, 1 card" in printed and "1234-5678" not in printed
 
 
+def test_audit_takes_no_other_tokenizer_than_the_data_s(prepared, tmp_path, tokenizer):
+    folder, manifest = prepared(TEXT, mask_personal_data=False)
+    other = tmp_path / "other.json"
+    other.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    used = manifest["sha256"]["tokenizer.json"]
+    message = rf"other\.json: its SHA-256 is {Tokenizer.load(other).sha256}, but .*text_document was made with {used}"
+    with pytest.raises(InputError, match=message):
+        audit(AuditConfig(data=str(folder), tokenizer=str(other)))
+    for file in folder.glob("text_document.*"):  # of others, beside which the manifest says nothing of them
+        file.rename(folder / f"foreign{file.suffix}")
+    with pytest.raises(InputError, match="1 documents hold personal data"):
+        audit(AuditConfig(data=str(folder), tokenizer=str(other)))
+
+
+def test_audit_finds_at_the_start_that_it_cannot_write(prepared, tmp_path, capsys):
+    folder, _ = prepared(TEXT)
+    for place in (tmp_path, tmp_path / "gone" / "a.json", tmp_path / "a.txt" / "a.json"):
+        capsys.readouterr()
+        with pytest.raises(InputError, match=rf"json={re.escape(str(place))}: cannot be written \(.*another"):
+            audit(AuditConfig(data=str(folder), json=str(place)))
+        assert "documents" not in "".join(capsys.readouterr())
+    with pytest.raises(OSError, match="No space left on device"):
+        audit(AuditConfig(data=str(folder), json="/dev/full"))
+    assert "masks: 1 tel" in capsys.readouterr().out  # what was counted is told, whatever becomes of the file
+
+
 def test_real_text_holds_little_personal_data(shared):
     """Film reviews: hardly any of them has a telephone number, none a resident number, an account or a card."""
     path = shared / "data" / "korean_hate_speech" / "unlabeled" / "unlabeled_comments_5.txt"

@@ -132,6 +132,10 @@ def test_main_text():
     ]
 
 
+def test_half_of_a_surrogate_pair_is_no_character_of_the_main_text():
+    assert "봄이 ?왔다" in html(NEWS.replace("왔다", "\ud800왔다"))
+
+
 def test_what_is_a_whole_page():
     for text in (
         "<html>가",
@@ -236,10 +240,11 @@ def test_no_damage_is_anything_but_an_input_error_and_no_cut_is_silent(tmp_path,
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        (b"Content-Length", b"Content-L\0ngth", "record 2 has no WARC-Type or no Content-Length"),
-        (b"Content-Length: ", b"Content-Length: -", "record 2 has no WARC-Type or no Content-Length"),
-        (b"WARC-Type", b"WARC-Tyqe", "record 2 has no WARC-Type or no Content-Length"),
-        (b"WARC-Date", b"\r\nWARC-Date", "record 2 has no WARC-Type or no Content-Length"),
+        (b"Content-Length", b"Content-L\0ngth", "record 2 has no WARC-Type or no possible Content-Length"),
+        (b"Content-Length: ", b"Content-Length: -", "record 2 has no WARC-Type or no possible Content-Length"),
+        (b"Length: ", b"Length: " + b"9" * 27, "record 2 has no WARC-Type or no possible Content-Length"),
+        (b"WARC-Type", b"WARC-Tyqe", "record 2 has no WARC-Type or no possible Content-Length"),
+        (b"WARC-Date", b"\r\nWARC-Date", "record 2 has no WARC-Type or no possible Content-Length"),
         (b"WARC-Target-URI:", b"WARC-Target-URI ", "record 2 has no WARC-Target-URI"),
         (b"</html>", b"</html><!-- more than its head says -->", "record 2 does not end where its head says"),
     ],
@@ -272,11 +277,50 @@ def test_a_missing_library_is_no_damage(tmp_path, monkeypatch, name, module):
         prepare(config)
 
 
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (b"", "the answer is empty"),
+        (b"HTTP/1.1 20", "the answer is cut off within its head"),
+        (b"HTTP/1.1 200 OK\r\nContent-Ty", "the answer is cut off within its head"),
+        (f"HTTP/1.1 200 OK\r\nContent-Type: {HTML}\r\n".encode(), "the answer is cut off within its head"),
+        (NEWS.encode(), "the answer does not begin as one of HTTP does"),
+    ],
+)
+def test_an_answer_without_a_whole_head_costs_no_other(tmp_path, answer, reason):
+    whole = record("", http=f"Content-Type: {HTML}\r\n")  # an empty page is no damage
+    head, _ = record(answer, "conversion").replace(b"conversion", b"response").split(b"\r\n\r\n", 1)
+    (tmp_path / "a.warc").write_bytes(head + b"\r\n\r\n" + answer + b"\r\n\r\n" + whole + record(NEWS))
+    [bad, empty, good] = rows(tmp_path / "a.warc")
+    assert (bad.line, bad.problem, bad.reason) == (1, "page", f"http://a.kr/: {reason}")
+    assert (empty.text, empty.problem) == ("", None) and good.text == NEWS
+
+
 def test_a_body_that_cannot_be_unpacked_costs_no_other(tmp_path):
     packed = record(b"no brotli", http=f"Content-Type: {HTML}\r\nContent-Encoding: br\r\n", address="http://b.kr/")
     (tmp_path / "a.warc").write_bytes(packed + record(NEWS))
     [bad, good] = rows(tmp_path / "a.warc")
     assert good.text == NEWS and bad.problem == "page" and bad.reason.startswith("http://b.kr/: ")
+
+
+@pytest.mark.parametrize("name, pack", [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("br", brotli.compress)])
+def test_a_packed_body_that_is_damaged_or_cut_says_so(tmp_path, name, pack):
+    whole, http = pack(NEWS.encode()), PACKED.replace("gzip", name)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x55
+    bodies = (whole, bytes(flipped), *(whole[:size] for size in (20, len(whole) // 2, len(whole) - 1)))
+    (tmp_path / "a.warc").write_bytes(b"".join(record(body, http=http) for body in bodies))
+    [good, *bad] = rows(tmp_path / "a.warc")
+    assert good.text == NEWS and [row.problem for row in bad] == ["page"] * 4
+    assert all(row.reason.startswith(f"http://a.kr/: cannot be unpacked from {name!r} (") for row in bad)
+    assert all(row.reason.endswith("(cut off)") for row in bad[1:])
+
+
+def test_a_body_that_is_not_packed_as_its_head_says(tmp_path):
+    bomb = gzip.compress(b"a" * (2 * LONGEST))
+    (tmp_path / "a.warc").write_bytes(record(NEWS, http=PACKED) + record(bomb, http=PACKED))
+    [plain, long] = rows(tmp_path / "a.warc")
+    assert plain.text == NEWS and long.problem == "length"
 
 
 def test_pages_packed_by_what_warcio_does_not_unpack(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import math
 import re
 import time
 import unicodedata
@@ -71,6 +72,9 @@ class CleanConfig:
         for name in self.steps:
             if name not in STEPS:
                 raise InputError(f"cleaning.steps={name}: unknown; known are {' '.join(STEPS)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"cleaning.{name}={value}: must be a finite number")
         for name in ("min_length", "shingle_words", "buckets", "bucket_hashes"):
             if getattr(self, name) < 1:
                 raise InputError(f"cleaning.{name}={getattr(self, name)}: must be above 0")

@@ -40,8 +40,14 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _made_here(folder: Path) -> bool:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder made here; None if it has none, or one of somebody else's."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"].startswith(FORMAT)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if manifest["format"].startswith(FORMAT) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+        return None
+
+
+def _made_here(folder: Path) -> bool:
+    return read_manifest(folder) is not None

@@ -33,7 +33,7 @@ from polyglot_jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from polyglot_jax.prepare.duplicates import Duplicates
 
-WORK_VERSION = 1
+WORK_VERSION = 2
 """To be raised with any change of what the tasks write: they do not go on with the work of other versions."""
 SHOWN = 300
 """Characters of a sample that are shown."""

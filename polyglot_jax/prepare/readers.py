@@ -14,7 +14,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ class ReaderConfig:
             raise InputError("text: name at least one file or folder")
         try:
             "".encode(self.encoding)
-        except LookupError as error:
+        except (LookupError, ValueError) as error:  # ValueError: "undefined", and a name with a zero byte
             raise InputError(f"encoding={self.encoding}: Python knows no such text encoding") from error
 
 
@@ -369,11 +369,13 @@ def _quoted(path: Path, lines: IO[str], delimiter: str) -> Iterator[tuple[int, l
         raise wrong(error) from error
 
 
-def find_column(path: Path, columns: Sequence[str] | Mapping[str, object], config: ReaderConfig) -> str:
-    """The name among `columns` of that which holds the text. Raises InputError when there is none."""
+def find_column(path: Path, columns: Sequence[str], config: ReaderConfig) -> str:
+    """The name among `columns` of that which holds the text. Raises InputError when there is none, or more than one."""
     wanted = (config.column,) if config.column else DEFAULT_COLUMNS
     for column in wanted:
-        if column in columns:
+        if (count := columns.count(column)) > 1:
+            raise InputError(f"{path}: {count} columns are named {column}; rename those that do not hold the text")
+        if count:
             return column
     raise InputError(
         f"{path}: no column {' or '.join(wanted)} among {', '.join(columns) or 'none'}; name the one that holds the "

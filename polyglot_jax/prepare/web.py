@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -28,6 +29,7 @@ _PAGE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _NESTING = re.compile(r"<(/?)(?:div|section|article|table|ul|ol|blockquote|dl)\b", re.IGNORECASE)
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _SYLLABLE = re.compile(r"(>\s*[^\W\x00-\x7f])(\s*<)")
 _MARK = "\u2060"
 
@@ -50,8 +52,8 @@ def page_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
             length = record.rec_headers.get_header("Content-Length")
             if record.format != "warc":  # it takes any line of five words for the older format's head
                 raise ArchiveLoadFailed(f"record {number} is none of a WARC")
-            if not (record.rec_type and length and length.isdecimal()):
-                raise ArchiveLoadFailed(f"the head of record {number} has no WARC-Type or no Content-Length")
+            if not (record.rec_type and length and _LENGTH.fullmatch(length)):
+                raise ArchiveLoadFailed(f"the head of record {number} has no WARC-Type or no possible Content-Length")
             if archive.err_count:
                 raise ArchiveLoadFailed(f"record {number - 1} does not end where its head says")
             row = _page(number, record)
@@ -80,6 +82,17 @@ class _Unpacked:
             raise damaged(self._path, error) from error
 
 
+class _Lines:
+    """The lines of `stream`, and the last one read: the head of an answer ends with a blank one, or is cut off."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.last = stream, b""
+
+    def readline(self) -> bytes:
+        self.last = self._stream.readline()
+        return self.last
+
+
 def _page(number: int, record: ArcWarcRecord) -> Row | None:
     """The page in a record, what is wrong with it, or None if it holds none."""
     from warcio.exceptions import ArchiveLoadFailed
@@ -95,11 +108,13 @@ def _page(number: int, record: ArcWarcRecord) -> Row | None:
         if not address.lower().startswith(("http:", "https:")):
             return None
         try:
-            record.http_headers = StatusAndHeadersParser([], verify=False).parse(record.raw_stream)
+            record.http_headers = StatusAndHeadersParser([], verify=False).parse(head := _Lines(record.raw_stream))
         except EOFError:
             return Row(number, problem="page", reason=f"{address}: the answer is empty")
         if not record.http_headers.protocol.startswith("HTTP/"):
             return Row(number, problem="page", reason=f"{address}: the answer does not begin as one of HTTP does")
+        if not head.last:
+            return Row(number, problem="page", reason=f"{address}: the answer is cut off within its head")
         declared = record.http_headers.get_header("Content-Type") or ""
         if record.http_headers.get_statuscode() != "200" or "html" not in declared.lower():
             return None
@@ -121,19 +136,29 @@ def _page(number: int, record: ArcWarcRecord) -> Row | None:
 
 def _unpacked(record: ArcWarcRecord, packing: str) -> bytes:
     """The first LONGEST bytes of a body and, if there are more, one of those."""
-    if packing not in ("br", "zstd"):
+    if packing not in ("gzip", "x-gzip", "br", "zstd"):
         return record.content_stream().read(LONGEST + 1)
-    # warcio 1.8 knows no zstd and calls a method that brotli no longer has.
+    # warcio 1.8 passes over damage in gzip, knows no zstd and calls a method that brotli no longer has.
     record.http_headers.remove_header("Content-Encoding")
     packed = record.content_stream().read(LONGEST + 1)
     if packing == "zstd":
         with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed) as reader:
             return reader.read(LONGEST + 1)
-    try:
-        import brotli
-    except ImportError as error:
-        raise ImportError("needs brotli; pip install -r requirements-corpus.txt") from error
-    return brotli.Decompressor().process(packed, output_buffer_limit=LONGEST + 1)
+    if packing == "br":
+        try:
+            import brotli
+        except ImportError as error:
+            raise ImportError("needs brotli; pip install -r requirements-corpus.txt") from error
+        unpacker = brotli.Decompressor()
+        page, ended = unpacker.process(packed, output_buffer_limit=LONGEST + 1), unpacker.is_finished()
+    elif packed.startswith(b"\x1f\x8b"):
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS + 16)
+        page, ended = unpacker.decompress(packed, LONGEST + 1), unpacker.eof
+    else:  # some crawlers unpack pages and leave the head as it was
+        return packed
+    if len(page) <= LONGEST and not ended:
+        raise EOFError("cut off")
+    return page
 
 
 def decoded(page: bytes, declared: str) -> str | None:
@@ -168,7 +193,7 @@ def main_text() -> Callable[[str], str]:
 
     def function(page: str) -> str:
         # An element of one syllable would be taken for a bullet, being one character of no ASCII, and lost.
-        marked = _SYLLABLE.sub(rf"\1{_MARK}\2", page)
+        marked = _SYLLABLE.sub(rf"\1{_MARK}\2", page.encode(errors="replace").decode())  # no half of a surrogate pair
         steps = (-1 if end else 1 for end in _NESTING.findall(page))
         nesting = accumulate(steps, lambda depth, step: max(depth + step, 0), initial=0)
         text = extract_plain_text(marked, main_content=max(nesting) <= DEEPEST, list_bullets=False, alt_texts=False)
