@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 import polyglot_jax
 from convert.__main__ import VERBS as CONVERT
 from experiments import harness, kobest_three_ways, record
+from experiments.benchmarks import evaluate as benchmarks_evaluate
 from polyglot_jax import checkpoint, names
 from polyglot_jax.cli import run
 from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, SampleConfig, TrainConfig
@@ -69,6 +70,24 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
     kobest_three_ways.main(experiment)
     with pytest.raises(InputError, match="holds what other settings made"):
         kobest_three_ways.main(dataclasses.replace(experiment, checkpoint=str(place / "model")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": 0}, "documents=0: must be at least 1"),
+        ({"documents": -1}, "documents=-1: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"shots": ()}, r"shots=\(\): must be numbers from 0"),
+        ({"shots": (0, -5)}, r"shots=\(0, -5\): must be numbers from 0"),
+    ],
+)
+def test_bad_numbers_of_the_experiments_are_refused(changes, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        kobest_three_ways.ThreeWays(data="nowhere", **changes)
+    if "shots" not in changes:
+        with pytest.raises(InputError, match=f"^{message}$"):
+            benchmarks_evaluate.Benchmark(data="nowhere", tokenizer="nowhere", **changes)
 
 
 @pytest.mark.parametrize(
