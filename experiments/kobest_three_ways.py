@@ -50,6 +50,13 @@ class ThreeWays:
     out: str = "runs/kobest_three_ways"
     """Folder of the export and of what each way made; an interrupted comparison goes on from there."""
 
+    def __post_init__(self) -> None:
+        if not self.shots or min(self.shots) < 0:
+            raise InputError(f"shots={self.shots}: must be numbers from 0")
+        for name in ("documents", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
+
 
 def prepared(experiment: ThreeWays) -> Path:
     """The folder to work in, with the exported model, verified, and the harness's dataset."""

@@ -26,6 +26,7 @@ from polyglot_jax.config import PRESETS, Config, DataConfig, InputError, TrainCo
 from polyglot_jax.evaluate import data, metrics, perplexity, published
 from polyglot_jax.evaluate.protocol import encode, make_prompts
 from polyglot_jax.evaluate.tasks import TASKS, find_tasks
+from polyglot_jax.files import locked
 from polyglot_jax.scoring import Pair
 from polyglot_jax.token_files import TokenFileWriter
 from polyglot_jax.tokenizer import Tokenizer
@@ -583,6 +584,44 @@ def test_texts_are_looked_for_before_the_model(tmp_path, monkeypatch, capsys, te
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", "good.txt", "--stride", "49"), "stride=49: is above model.context=48"),
+        (("--text", "good.txt", "void.txt"), "text=void.txt: holds no text"),
+        (("--text", "good.txt", "cp949.txt"), "text=cp949.txt: is not UTF-8"),
+        (("--text", "foreign"), "text=foreign: has the id 450, which this model's tokenizer does not know"),
+    ],
+)
+def test_texts_are_read_before_the_model(path, files, tokenizer, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("good", KOREAN[0].encode()), ("void", b""), ("cp949", KOREAN[0].encode("cp949"))):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    with TokenFileWriter(tmp_path / "foreign", 500) as writer:
+        writer.add_document([5, 450, tokenizer.eos_id])
+    monkeypatch.setattr(polyglot_jax.evaluate.command, "load", None)
+    assert command("--checkpoint", path, "--data", files, "--tasks", "kobest_copa", *arguments) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("folder", ["/proc", "file.txt", "file.txt/folder"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("봄")
+    assert command("--checkpoint", "nowhere", "--tasks", "kobest", "--out", f"{folder}/out.json") == 1
+    assert capsys.readouterr().err.startswith(f"error: {folder}/out.json: cannot be written (")
+
+
+def test_a_place_has_one_writer_and_holds_nothing_if_it_fails(path, files, tmp_path, capsys):
+    out = tmp_path / "folder" / "out.json"
+    assert evaluate("nowhere", files, out) == 1
+    assert list(out.parent.iterdir()) == []
+    with locked(out.with_name(".out.json.lock")):
+        assert evaluate(path, files, out) == 1
+        assert re.search(r"out\.json\.lock: process \d+ on .* is writing there", capsys.readouterr().err)
+        assert [file.name for file in out.parent.iterdir()] == [".out.json.lock"]
+
+
 def test_a_folder_is_refused_before_anything_is_read(tmp_path, capsys):
     assert command("--checkpoint", "nowhere", "--tasks", "kobest", "--out", tmp_path, "--overwrite") == 1
     assert capsys.readouterr().err == f"error: {tmp_path}: is a folder; name the file to write\n"
@@ -597,6 +636,8 @@ def test_a_folder_is_refused_before_anything_is_read(tmp_path, capsys):
             "tasks=kobest_nli: no such task; there are kobest_boolq, kobest_copa, kobest_wic, ",
         ),
         (("--tasks", "kobest_copa", "--shots", "0;5"), "shots=0;5: must be numbers with commas"),
+        (("--tasks", "kobest_copa", "--shots", "9" * 5000), "must be numbers with commas, such as 0,5,10,50, of at"),
+        (("--tasks", "kobest_copa", "--batch-size", "-1"), "batch_size=-1: must be at least 1"),
         (("--tasks", "kobest_copa", "--batch-size", "0"), "batch_size=0: must be at least 1"),
         (("--text", "a.txt", "--stride", "0"), "stride=0: must be at least 1"),
         (("--tasks", "kobest_copa", "--limit", "0"), "limit=0: must be at least 1"),

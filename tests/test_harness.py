@@ -5,24 +5,33 @@ import importlib.util
 import json
 
 import pytest
-from models import random_tensors
+from models import KOREAN, model_config, random_params, random_tensors, small_tokenizer
 from safetensors.numpy import save_file
 
+import polyglot_jax
 from convert.__main__ import VERBS as CONVERT
 from experiments import harness, kobest_three_ways, record
-from polyglot_jax import names
+from experiments.benchmarks import evaluate as benchmarks_evaluate
+from polyglot_jax import checkpoint, names
 from polyglot_jax.cli import run
-from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
+from polyglot_jax.config import Config, DataConfig, InputError, ModelConfig, SampleConfig, TrainConfig
 from polyglot_jax.evaluate.tasks import TASKS
 
 DOCUMENTS = 25
 
 
 @pytest.fixture(scope="module")
-def place(shared, tmp_path_factory):
-    """A folder with a random model, and the front of KoBEST's real files as the hub's dataset."""
+def lm_eval():
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("no lm_eval: pip install -r requirements-harness.txt")
+    import lm_eval
+
+    return lm_eval
+
+
+@pytest.fixture(scope="module")
+def place(lm_eval, shared, tmp_path_factory):
+    """A folder with a random model, and the front of KoBEST's real files as the hub's dataset."""
     folder = tmp_path_factory.mktemp("harness")
     harness.write_hub_folder(str(shared / "data" / "kobest"), list(TASKS), DOCUMENTS, folder)
     model = ModelConfig(vocab=30_080, layers=2, embed=48, heads=4, mlp=96, context=300)
@@ -64,15 +73,35 @@ def test_three_ways_choose_alike(place, shared, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": 0}, "documents=0: must be at least 1"),
+        ({"documents": -1}, "documents=-1: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"shots": ()}, r"shots=\(\): must be numbers from 0"),
+        ({"shots": (0, -5)}, r"shots=\(0, -5\): must be numbers from 0"),
+    ],
+)
+def test_bad_numbers_of_the_experiments_are_refused(changes, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        kobest_three_ways.ThreeWays(data="nowhere", **changes)
+    if "shots" not in changes:
+        with pytest.raises(InputError, match=f"^{message}$"):
+            benchmarks_evaluate.Benchmark(data="nowhere", tokenizer="nowhere", **changes)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"path": "nowhere"}, "error: nowhere: no such folder"),
         ({"path": "nowhere", "dtype": "auto"}, "error: dtype=auto: must be one of float32, bfloat16, float16; none"),
+        ({"path": "nowhere", "batch_size": -1}, "error: batch_size=-1: must be a whole number above 0, or auto"),
+        ({"path": "nowhere", "batch_size": "0"}, "error: batch_size=0: must be a whole number above 0, or auto"),
+        ({"path": "nowhere", "batch_size": "x"}, "error: batch_size=x: must be a whole number above 0, or auto"),
+        ({"path": "nowhere", "batch_size": "auto:4"}, "error: nowhere: no such folder"),
     ],
 )
-def test_bad_arguments_are_one_line(monkeypatch, arguments, message):
-    if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("no lm_eval: pip install -r requirements-harness.txt")
+def test_bad_arguments_are_one_line(lm_eval, monkeypatch, arguments, message):
     import lm_eval.__main__
 
     from polyglot_jax.evaluate.harness import HarnessModel, main
@@ -80,6 +109,77 @@ def test_bad_arguments_are_one_line(monkeypatch, arguments, message):
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: HarnessModel(**arguments))
     with pytest.raises(SystemExit, match=f"^{message}"):
         main()
+
+
+@pytest.fixture(scope="module")
+def model(lm_eval, tmp_path_factory):
+    """Random, as the harness has it; its checkpoint has settings of its own for what `generate` is not told."""
+    from polyglot_jax.evaluate.harness import HarnessModel
+
+    sample = SampleConfig(temperature=0.9, repetition_penalty=1.5)
+    shape, data = model_config(layers=1, context=64), DataConfig(valid_ids=403)
+    config = Config(model=shape, data=data, train=TrainConfig(sequence_length=64), sample=sample)
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    checkpoint.save(folder, config, random_params(shape, seed=3), tokenizer=small_tokenizer().to_json())
+    return HarnessModel(str(folder), batch_size=4)
+
+
+def answers(model, asked):
+    """What a model answers to KOREAN[1] with each of `asked`, the generation_kwargs."""
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("generate_until", {}, (KOREAN[1], kwargs), number) for number, kwargs in enumerate(asked)]
+    return model.generate_until(requests, disable_tqdm=True)
+
+
+DRAWN = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "seed": 3}
+
+
+def test_what_is_drawn_depends_on_the_place_among_all_requests_alone(model, monkeypatch):
+    asked = [DRAWN, DRAWN, DRAWN | {"max_gen_toks": 6}, DRAWN, DRAWN]
+    by_four = answers(model, asked)
+    monkeypatch.setattr(model, "_batch_size", 1)
+    alone = answers(model, asked)
+    own = {"max_new_tokens": 8, "temperature": 1.0, "repetition_penalty": 1.0, "seed": 3}
+    [whole] = model._lm.generate([KOREAN[1]], first=2, **own)
+    assert by_four == alone
+    assert len({text[:4] for text in alone}) == len(asked)
+    assert len(alone[2]) < len(whole) and whole.startswith(alone[2])
+
+
+def test_generation_kwargs_are_those_of_generate(model):
+    plain = {"max_new_tokens": 12, "temperature": 0.0, "repetition_penalty": 1.0}  # the harness's, not the checkpoint's
+    greedy = model._lm.generate([KOREAN[1]], **plain)
+    drawn = {"temperature": 1.5, "top_k": 90, "top_p": 0.9, "min_p": 0.01, "seed": 5}
+    for given, ours in (
+        ({}, {}),
+        ({"do_sample": False, "temperature": 0.7}, {}),
+        (drawn, drawn),
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"num_beams": 3, "do_sample": False}, {"beams": 3}),
+    ):
+        expected = model._lm.generate([KOREAN[1]], **plain | ours)
+        assert answers(model, [{"max_gen_toks": 12} | given]) == expected, given
+        assert (expected == greedy) == (not ours), given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"foo": 1}, r"generation_kwargs\.foo: no such field; generation_kwargs has beams, .*repetition_penalty"),
+        ({"until": 5}, "until=5: must be a string or a list of strings"),
+        ({"until": ["\n", None]}, r"until=\['\\n', None\]: must be a string or a list of strings"),
+        ({"temperature": "hot"}, "generation_kwargs={'temperature': 'hot'}: not understood"),
+        ({"max_gen_toks": 64}, r"max_gen_toks=64: must be less than model\.context=64"),
+        ({"max_gen_toks": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_generation_kwargs_that_are_not_understood_are_refused_before_anything_is_made(
+    model, monkeypatch, given, message
+):
+    monkeypatch.setattr(polyglot_jax.LanguageModel, "generate", None)
+    with pytest.raises(InputError, match=message):
+        answers(model, [DRAWN, given])
 
 
 TASK = """

@@ -24,6 +24,7 @@ import tyro
 from experiments import harness, record
 from experiments.harness import Seconds
 from experiments.random_model import MODEL, benchmark_folder
+from polyglot_jax.config import InputError
 
 NAMES = ("kobest_copa", "kobest_hellaswag")
 
@@ -44,6 +45,11 @@ class Benchmark:
     """Of the harness (ours chooses its own)."""
     out: str = "runs/benchmark_evaluate"
     """Folder for the model and the results; emptied at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "turns", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
 
 
 def by_evaluate(folder: Path) -> Seconds:

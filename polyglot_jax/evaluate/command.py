@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ from polyglot_jax.evaluate.journal import Journal
 from polyglot_jax.evaluate.protocol import Prompt, encode, make_prompts
 from polyglot_jax.evaluate.settings import EvaluateConfig
 from polyglot_jax.evaluate.tasks import TASKS
+from polyglot_jax.files import locked
 from polyglot_jax.language_model import LanguageModel, load
 from polyglot_jax.scoring import Pair
 from polyglot_jax.sharding import make_mesh
@@ -34,20 +36,41 @@ _TEXT_TOKENS = 1 << 20
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, print the tables, write `config.out`, and return what is written there.
 
-    Raises InputError for bad input; what concerns the data is found before the model is loaded.
+    Raises InputError for bad input; what concerns `config.out`, the data and the stride is found before the model is
+    loaded.
     """
-    out = Path(config.out) if config.out else None
-    if out and out.is_dir():
+    with contextlib.ExitStack() as stack:
+        if config.out:
+            _hold(Path(config.out), config.overwrite, stack)
+        return _evaluate(config)
+
+
+def _hold(out: Path, overwrite: bool, stack: contextlib.ExitStack) -> None:
+    """Be the one writer of `out` and its journal until the end; InputError if nothing can be written there."""
+    if out.is_dir():
         raise InputError(f"{out}: is a folder; name the file to write")
-    if out and out.exists() and not config.overwrite:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(out.with_name(f".{out.name}.lock")))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another place") from error
+    if out.exists() and not overwrite:
         raise InputError(f"{out}: exists; choose another place, or replace it with --overwrite")
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     prompts = _prompts(config)
     for path in config.text:
         perplexity.text_files(path)
     source = weights.open_source(config.checkpoint)
-    lm = load(config.checkpoint, make_mesh(config.mesh), config.dtype)
-    if lm.tokenizer is None:
+    known, tokenizer = weights.read_tokenizer(source)
+    if tokenizer is None:
         raise InputError(f"{config.checkpoint}: came without a tokenizer.json; put the model's own beside its weights")
+    if config.stride and config.stride > known.model.context:
+        raise InputError(f"stride={config.stride}: is above model.context={known.model.context}")
+    for path in config.text:
+        perplexity.check(path, tokenizer)
+    lm = load(config.checkpoint, make_mesh(config.mesh), config.dtype)
     described = _describe(config, lm, weights.fingerprint(source))
     journal = Journal(config.out, {name: described[name] for name in ("weights_sha256", "dtype", "versions")})
     start = time.monotonic()
@@ -62,7 +85,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         record["documents"].setdefault(task, {})[str(shots)] = documents
     record["text"] = texts
     _print(record, lm)
-    if out:
+    if config.out:
+        out = Path(config.out)
         temporary = out.with_name(out.name + ".incomplete")
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(out)
@@ -139,8 +163,6 @@ def _score_cell(
 def _score_text(lm: LanguageModel, config: EvaluateConfig, journal: Journal, path: str) -> dict[str, Any]:
     context = lm.config.model.context
     stride = config.stride or max(1, context // 2)
-    if stride > context:
-        raise InputError(f"stride={stride}: is above model.context={context}")
     counts, waiting, part = perplexity.Counts(), [], 0
 
     def flush() -> None:

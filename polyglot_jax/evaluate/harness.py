@@ -10,7 +10,10 @@ Needs lm-eval (requirements-harness.txt). Tokens, truncation and answers are tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
-from polyglot_jax.config import InputError, MeshConfig
+from polyglot_jax.config import InputError, MeshConfig, SampleConfig, from_plain
 from polyglot_jax.evaluate.perplexity import windows
 from polyglot_jax.language_model import load
 from polyglot_jax.scoring import Pair
@@ -29,6 +32,8 @@ from polyglot_jax.sharding import make_mesh
 _DTYPES = (None, "float32", "bfloat16", "float16")
 _ROWS = 8
 """Prompts continued at a time where no batch size is given."""
+_OTHER_NAMES = {"max_gen_toks": "max_new_tokens", "num_beams": "beams", "no_repeat_ngram_size": "no_repeat_ngram"}
+"""What the harness's tasks call settings of ours."""
 
 
 @register_model("polyglot_jax")
@@ -53,11 +58,13 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if dtype not in _DTYPES:
             raise InputError(f"dtype={dtype}: must be one of {', '.join(_DTYPES[1:])}; none: by the device")
+        is_given = batch_size is not None and not str(batch_size).startswith("auto")
+        if is_given and not re.fullmatch(r"0*[1-9]\d{0,8}", str(batch_size), re.ASCII):
+            raise InputError(f"batch_size={batch_size}: must be a whole number above 0, or auto")
+        self._batch_size = int(batch_size) if is_given else None
         self._lm = load(path, make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor)), dtype)
         if self._lm.tokenizer is None:
             raise InputError(f"{path}: came without a tokenizer.json; put the model's own beside its weights")
-        is_given = batch_size is not None and not str(batch_size).startswith("auto")
-        self._batch_size = int(batch_size) if is_given else None
 
     @property
     def eot_token_id(self) -> int:
@@ -106,29 +113,41 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        texts = [""] * len(requests)
-        kinds: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            kinds.setdefault(repr(request.args[1]), []).append(number)
-        eos = self._lm.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        texts: list[str] = []
+        rows, batches = self._batch_size or _ROWS, []
+        # Neighbours of equal settings: what is drawn depends on a request's place among all, not on its batch.
+        for _, group in itertools.groupby(requests, lambda request: repr(request.args[1])):
+            same = list(group)
+            settings = self._settings(same[0].args[1])  # all are checked before the first text is made
+            batches += [(same[start : start + rows], *settings) for start in range(0, len(same), rows)]
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as progress:
-            for numbers in kinds.values():
-                settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
-                until = handle_stop_sequences(settings.pop("until", None), eos=eos)
-                most = settings.pop("max_gen_toks")
-                if most >= self.max_length:
-                    raise InputError(f"max_gen_toks={most}: must be less than model.context={self.max_length}")
-                settings = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "seed")}
-                rows = self._batch_size or _ROWS
-                for start in range(0, len(numbers), rows):
-                    chosen = numbers[start : start + rows]
-                    prompts = [self.tok_encode(requests[number].args[0])[most - self.max_length :] for number in chosen]
-                    made = self._lm.generate(prompts, max_new_tokens=most, stop=until, **settings)
-                    for number, text in zip(chosen, made, strict=True):
-                        texts[number] = text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                    progress.update(len(chosen))
+            for batch, sample, until in batches:
+                room = self.max_length - sample.max_new_tokens
+                prompts = [self.tok_encode(request.args[0])[-room:] for request in batch]
+                made = self._lm.generate(prompts, stop=until, first=len(texts), **dataclasses.asdict(sample))
+                for request, text in zip(batch, made, strict=True):
+                    self.cache_hook.add_partial("generate_until", request.args, text)
+                texts += made
+                progress.update(len(batch))
         return texts
+
+    def _settings(self, given: Mapping[str, Any]) -> tuple[SampleConfig, list[str]]:
+        """How tokens are chosen and where a text stops, by a task's generation_kwargs; what is not named is as the
+        harness has it, whatever the checkpoint says. InputError for what is not understood."""
+        try:
+            settings = normalize_gen_kwargs(given, self.max_gen_toks)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"generation_kwargs={given}: not understood ({error})") from error
+        until = settings.pop("until")
+        if not all(isinstance(text, str) for text in until):
+            raise InputError(f"until={given['until']!r}: must be a string or a list of strings")
+        del settings["do_sample"]  # the temperature says it
+        named = {_OTHER_NAMES.get(name, name): value for name, value in settings.items()}
+        sample = from_plain(SampleConfig, named, "generation_kwargs")
+        if sample.max_new_tokens >= self.max_length:
+            raise InputError(f"max_gen_toks={sample.max_new_tokens}: must be less than model.context={self.max_length}")
+        eos = self._lm.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        return sample, handle_stop_sequences(until, eos=eos)
 
 
 def main() -> None:

@@ -53,33 +53,50 @@ def text_files(path: str) -> list[Path]:
     return []
 
 
+def check(path: str, tokenizer: Tokenizer) -> None:
+    """InputError where `documents` would raise it, or if there is no text; encodes nothing, and so is quick."""
+    files = text_files(path)
+    if not files:
+        _corpus(path, tokenizer)
+    elif not sum(len(_text(file)) for file in files):
+        raise InputError(f"text={path}: holds no text")
+
+
 def documents(path: str, tokenizer: Tokenizer) -> Iterator[Document]:
     """Of a text file (one document), a folder of .txt files, or token files that `prepare` or GPT-NeoX wrote.
 
     InputError if it is none of these, is not UTF-8, or has ids that the tokenizer does not know.
     """
     files = text_files(path)
-    return _texts(files, tokenizer) if files else _token_files(find_corpus(path), tokenizer)
+    return _texts(files, tokenizer) if files else _token_files(_corpus(path, tokenizer), tokenizer)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"text={file}: is not UTF-8 ({error})") from error
 
 
 def _texts(files: list[Path], tokenizer: Tokenizer) -> Iterator[Document]:
-    for file in files:
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"text={file}: is not UTF-8 ({error})") from error
+    for text in map(_text, files):
         yield Document(tokenizer.encode(text), len(text.encode()))
 
 
-def _token_files(prefix: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    corpus, lengths = TokenFile(prefix), tokenizer.byte_lengths()
-    starts = corpus.document_starts
+def _corpus(path: str, tokenizer: Tokenizer) -> TokenFile:
+    prefix = find_corpus(path)
+    corpus, known = TokenFile(prefix), len(tokenizer.byte_lengths())
+    if corpus.tokens.max() >= known:
+        raise InputError(f"text={prefix}: has the id {corpus.tokens.max()}, which this model's tokenizer does not know")
+    return corpus
+
+
+def _token_files(corpus: TokenFile, tokenizer: Tokenizer) -> Iterator[Document]:
+    starts, lengths = corpus.document_starts, tokenizer.byte_lengths()
     for begin, end in itertools.pairwise(starts):
         ids = np.asarray(corpus.tokens[begin:end], np.int64)
         if ids.size and ids[-1] == tokenizer.eos_id:
             ids = ids[:-1]
-        if ids.size and ids.max() >= len(lengths):
-            raise InputError(f"text={prefix}: has the id {ids.max()}, which this model's tokenizer does not know")
         yield Document(ids.tolist(), int(lengths[ids].sum()))
 
 

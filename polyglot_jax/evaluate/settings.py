@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,6 @@ class EvaluateConfig:
     def shot_numbers(self) -> list[int]:
         """What --shots lists, without repeats."""
         parts = [part.strip() for part in self.shots.split(",")]
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise InputError(f"shots={self.shots}: must be numbers with commas, such as 0,5,10,50")
+        if not all(re.fullmatch(r"\d{1,9}", part, re.ASCII) for part in parts):
+            raise InputError(f"shots={self.shots}: must be numbers with commas, such as 0,5,10,50, of at most 9 digits")
         return list(dict.fromkeys(int(part) for part in parts))
