@@ -17,10 +17,11 @@ import asyncio
 import contextlib
 import json
 import shutil
+import stat
 import sys
 import threading
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from polyglot_jax import hosts, manifest, store
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.files import beside, new_folder, read_config
-from polyglot_jax.manifest import DAMAGED, Files, file_crc32, files_in, is_checkpoint, measure
+from polyglot_jax.manifest import DAMAGED, Damaged, Files, file_crc32, files_in, is_checkpoint, measure
 from polyglot_jax.orbax_noise import quiet
 from polyglot_jax.parallel import in_order
 from polyglot_jax.source import Source
@@ -231,17 +232,17 @@ def newest(run: str | Path) -> Path | None:
 def newest_whole(run: str | Path) -> Checkpoint | None:
     """The newest checkpoint of a run whose every byte is as it was written; None if the run has none.
 
-    Damaged ones after it are named on stderr, and set aside as STEP.damaged. InputError if all are damaged. Of all
-    processes; the first says which checkpoints there are.
+    Damaged ones after it are named on stderr, and set aside as STEP.damaged. InputError if all are damaged, or if one
+    cannot be judged: nothing is set aside then. Of all processes; the first says which checkpoints there are.
     """
     names = json.loads(hosts.gather(json.dumps([folder.name for folder in of_run(run)]))[0])
     folders, damaged = [Path(run, "checkpoints", name) for name in names], []
     for folder in folders:
         try:
-            with hosts.together():
+            with _judging():
                 found = Checkpoint(folder)
             found.check()
-        except (InputError, OSError) as error:
+        except Damaged as error:
             _warn(str(error))
             damaged.append(folder)
             continue
@@ -255,6 +256,21 @@ def newest_whole(run: str | Path) -> Checkpoint | None:
     if damaged:
         raise InputError(f"{run}: none of its {len(damaged)} checkpoints is whole; begin anew in another folder")
     return None
+
+
+@contextlib.contextmanager
+def _judging() -> Iterator[None]:
+    """As hosts.together, but damage that one process finds is Damaged on all."""
+    damage = ""
+    with hosts.together():
+        try:
+            yield
+        except Damaged as error:
+            damage = str(error)
+        except OSError as error:
+            raise InputError(f"{error}; a checkpoint cannot be checked; mend that and run the same again") from error
+    for said in filter(None, hosts.gather(damage)):
+        raise Damaged(said)
 
 
 def _warn(message: str) -> None:
@@ -275,6 +291,15 @@ def prune(run: str | Path, keep: int, keep_every: int = 0) -> None:
             shutil.rmtree(folder)
 
 
+def _size(file: Path) -> int | None:
+    """In bytes; None if no file is there, which `is_file` may say of one that cannot be reached, too."""
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 class Checkpoint:
     """A checkpoint on disk, whole as far as names and sizes tell; what is read is checked, byte for byte, before.
 
@@ -282,21 +307,21 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path):
-        """InputError if `path` holds no checkpoint, a half-written one, a damaged one, or one of another format."""
+        """Damaged if `path` holds no checkpoint, or not a whole one; InputError if it is one of another format."""
         self.path = path = Path(path).resolve()  # TensorStore takes no ".."
         about = manifest.read(path)
         self._files: dict[str, dict[str, Any]] = about["files"]
         surplus = sorted(name for name in files_in(path) if name not in self._files and name != "manifest.json")
         if surplus:
-            raise InputError(f"{path / surplus[0]}: does not belong to the checkpoint; move it away, or {DAMAGED}")
+            raise InputError(f"{path / surplus[0]}: does not belong to the checkpoint; move it away")
         self._unchecked = set(self._files)
         self._checking = threading.Lock()
         for name, entry in self._files.items():
             file = path / name
-            found = file.stat().st_size if file.is_file() else None
+            found = _size(file)
             if found != entry["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-                raise InputError(f"{file}: {state}; {DAMAGED}")
+                raise Damaged(f"{file}: {state}; {DAMAGED}")
         # Not the arrays' chunks, in folders c (zarr's) or d (OCDBT's): those are checked when they are read.
         self._check(*(name for name in self._files if "/c/" not in name and "/d/" not in name))
         self.step: int = about["step"]
@@ -310,17 +335,17 @@ class Checkpoint:
         self._reader = store.Reader(path / "params", self._load)
 
     def _check(self, *names: str) -> None:
-        """Compare files with their checksums, each once; InputError naming the first that is not as it was written."""
+        """Compare files with their checksums, each once; Damaged, naming the first that is not as it was written."""
         with self._checking:
             for name in sorted(self._unchecked.intersection(names)):
                 self._compare(name, file_crc32(self.path / name))
 
     def check(self) -> None:
-        """Compare every file with its checksum; InputError naming the first that is not as it was written.
+        """Compare every file with its checksum; Damaged, naming the first that is not as it was written.
 
         Of all processes, which share the files out: all see the same disk, and one could not read it all in time.
         """
-        with hosts.together():
+        with _judging():
             by_size = sorted(self._unchecked, key=lambda name: (self._files[name]["bytes"], name))
             self._check(*by_size[jax.process_index() :: jax.process_count()])
         self._unchecked.clear()
@@ -330,7 +355,7 @@ class Checkpoint:
 
     def _compare(self, name: str, checksum: int) -> None:
         if f"{checksum:08x}" != self._files[name]["crc32"]:
-            raise InputError(f"{self.path / name}: its bytes are not those that were written; {DAMAGED}")
+            raise Damaged(f"{self.path / name}: its bytes are not those that were written; {DAMAGED}")
         self._unchecked.discard(name)
 
     def _load(self, file: str) -> np.ndarray:

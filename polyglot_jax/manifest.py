@@ -17,6 +17,10 @@ Files = dict[str, tuple[int, int]]
 """Size and CRC-32, by name."""
 
 
+class Damaged(InputError):
+    """A checkpoint is proven not to be what was written; a disk that does not answer, say, proves nothing."""
+
+
 def files_in(folder: Path) -> Iterator[str]:
     """Names of all files in a folder, but for the hidden ones that systems and editors put anywhere."""
     for file in folder.rglob("*"):
@@ -74,7 +78,10 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the manifest of the checkpoint `path` says; InputError if there is none, or not one as it was written."""
+    """What the manifest of the checkpoint `path` says.
+
+    Damaged if there is none, or not one as it was written; InputError if it is another program's.
+    """
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -82,15 +89,15 @@ def read(path: Path) -> dict[str, Any]:
         actual = _crc32_of(manifest)
     except FileNotFoundError as error:
         what = "a half-written checkpoint" if is_checkpoint(path) else "no checkpoint"
-        raise InputError(f"{path}: {what}: it has no manifest.json; use another one") from error
+        raise Damaged(f"{path}: {what}: it has no manifest.json; use another one") from error
     except (ValueError, RecursionError) as error:  # not JSON, or not even text
-        raise InputError(f"{file}: {error}; {DAMAGED}") from error
+        raise Damaged(f"{file}: {error}; {DAMAGED}") from error
     found = manifest.keys() if isinstance(manifest, dict) else set()
     for key, known in (("format", FORMAT), ("version", VERSION)):
         if key in found and manifest[key] != known:
-            raise InputError(f"{file}: {key}={manifest[key]}: this program reads {known}")
+            raise InputError(f"{file}: {key}={manifest[key]}: this program reads {known}; use the one that wrote it")
     if missing := {"format", "version", "step", "params", "files"} - found:
-        raise InputError(f"{file}: no {', '.join(sorted(missing))}; {DAMAGED}")
+        raise Damaged(f"{file}: no {', '.join(sorted(missing))}; {DAMAGED}")
     if checksum != actual:
-        raise InputError(f"{file}: its content is not what was written; {DAMAGED}")
+        raise Damaged(f"{file}: its content is not what was written; {DAMAGED}")
     return manifest

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from disks import small_disk
 from runs import bits, make_config
 
 from polyglot_jax import checkpoint, store
-from polyglot_jax.checkpoint import Checkpoint, flatten, newest, prune, save
+from polyglot_jax.checkpoint import Checkpoint, flatten, newest, newest_whole, prune, save
 from polyglot_jax.config import Config, InputError, MeshConfig
 from polyglot_jax.files import new_folder
 from polyglot_jax.model import Transformer, abstract_params
@@ -234,7 +235,7 @@ def test_another_format_is_refused_by_its_number(saved):
     file = saved[0] / "manifest.json"
     manifest = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(manifest | {"version": 1}), encoding="utf-8")
-    with pytest.raises(InputError, match=rf"^{file}: version=1: this program reads 2$"):
+    with pytest.raises(InputError, match=rf"^{file}: version=1: this program reads 2; use the one that wrote it$"):
         Checkpoint(saved[0])
     file.write_text(json.dumps(manifest | {"format": "polyglot-jax-corpus"}), encoding="utf-8")
     with pytest.raises(InputError, match=rf"^{file}: format=polyglot-jax-corpus: this program reads polyglot-jax-ch"):
@@ -421,6 +422,47 @@ def test_the_newest_is_that_of_the_highest_step_that_is_whole(tmp_path):
     assert newest(tmp_path) is None
     run = make_run(tmp_path, "9", "10", "8", "11.incomplete", "12.replaced", "notes")
     assert newest(run) == run / "checkpoints" / "10"
+
+
+def another_version(folder):
+    file = folder / "manifest.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"version": 2', '"version": 3'), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            another_version,
+            r"^{run}/checkpoints/7/manifest\.json: version=3: this program reads 2; use the one that wrote",
+        ),
+        (
+            lambda folder: (folder / "notes").touch(),
+            r"^{run}/checkpoints/7/notes: does not belong to the checkpoint; move",
+        ),
+        (
+            None,
+            r"^\[Errno 24\] Too many open files: '{run}/checkpoints/7/.*'; a checkpoint cannot be checked; mend that",
+        ),
+    ],
+    ids=["version", "surplus", "unreadable"],
+)
+def test_what_is_no_damage_sets_no_checkpoint_aside(saved, tmp_path, monkeypatch, change, message):
+    run = tmp_path / "run"
+    for step in ("3", "7"):
+        shutil.copytree(saved[0], run / "checkpoints" / step)
+    assert newest_whole(run).path.name == "7"
+
+    def unreadable(file):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(file))
+
+    if change:
+        change(run / "checkpoints" / "7")
+    else:
+        monkeypatch.setattr(checkpoint, "file_crc32", unreadable)
+    with pytest.raises(InputError, match=message.format(run=run)):
+        newest_whole(run)
+    assert {item.name for item in (run / "checkpoints").iterdir()} == {"3", "7"}
 
 
 @pytest.mark.parametrize("keep, left", [(0, "1 2 10 20"), (1, "20"), (2, "10 20"), (3, "2 10 20"), (9, "1 2 10 20")])
