@@ -220,7 +220,8 @@ def _write_rest(
 
 def of_run(run: str | Path) -> list[Path]:
     """The checkpoints in a run folder, the newest first."""
-    folders = [folder for folder in Path(run, "checkpoints").glob("*") if folder.name.isdigit()]
+    found = Path(run, "checkpoints").glob("*")
+    folders = [item for item in found if item.name.isascii() and item.name.isdigit() and item.is_dir()]
     return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
@@ -284,7 +285,8 @@ def prune(run: str | Path, keep: int, keep_every: int = 0) -> None:
     And what saves that were killed have left, so nothing may be being written.
     """
     for folder in Path(run, "checkpoints").glob("*.incomplete"):
-        shutil.rmtree(folder)
+        if folder.is_dir() and not folder.is_symlink():  # else it is nothing of ours
+            shutil.rmtree(folder)
     for folder in of_run(run)[keep:] if keep else []:
         if not (keep_every and int(folder.name) % keep_every == 0):
             (folder / "manifest.json").unlink(missing_ok=True)  # without it nothing loads what is being deleted

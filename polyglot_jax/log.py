@@ -18,16 +18,27 @@ from polyglot_jax.config import InputError
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's log; each has "step" and either training or held-out values. [] if there is none."""
+    """The rows of a run's log; each has "step" and either training or held-out values. [] if there is none.
+
+    A row that was torn, by a process that died, ends them; InputError if the file holds what was never a row.
+    """
     file = Path(run) / "log.jsonl"
     if not file.is_file():
         return []
+    mend = "mend it, or move it away: a run goes on without its earlier rows"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not a log, not even UTF-8 ({error}); {mend}") from error
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break  # the process died while it wrote this row
+            break
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            raise InputError(f"{file}: line {number} is no row of a log, it has no step: {line[:80]}; {mend}")
+        rows.append(row)
     return rows
 
 

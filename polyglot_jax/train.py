@@ -2,7 +2,7 @@
 
 RUN/
   config.json tokenizer.json     what is trained
-  inputs.json                    fingerprints of the token files, and --init
+  inputs.json                    fingerprints of the token files and their tokenizer, and --init
   checkpoints/STEP/              see checkpoint.py; the newest resumes the run, bit for bit on the same mesh
   log.jsonl tensorboard/         rows while it runs
   profile/                       train.profile's trace, for Perfetto and XProf
@@ -79,7 +79,11 @@ def train(config: Config, out: str | Path, init: str | Path | None = None) -> Pa
         _check_processes(mesh)
         sharding.check(config, mesh)
         batches = Batches(config)
-        inputs = {"corpora": [corpus.fingerprint for corpus in batches.corpora], "init": _named(init)}
+        inputs = {
+            "corpora": [corpus.fingerprint for corpus in batches.corpora],
+            "tokenizer": tokenizer.sha256 if tokenizer else None,
+            "init": _named(init),
+        }
         _check_run(config, out, inputs)
         source = _initial_source(config, init, tokenizer) if init and checkpoint.newest(out) is None else None
         program = Program.make(config, mesh)
@@ -191,12 +195,20 @@ def _check_run(config: Config, out: Path, inputs: dict[str, Any]) -> None:
     file = out / "config.json"
     if not (file.is_file() and (out / _INPUTS).is_file()):
         raise InputError(f"--out {out}: exists and is not a training run; choose another folder")
-    old = read_config(file)
-    before = json.loads((out / _INPUTS).read_text(encoding="utf-8"))
-    differences = [line for name, line in _differences(old, config) if not {name, name.split(".")[0]} & _MAY_CHANGE]
-    if before["corpora"] != inputs["corpora"]:
+    before = _read_inputs(out)
+    # The same bytes may lie elsewhere; an older run's fingerprints, which are shorter, do not tell enough for that.
+    may_change = _MAY_CHANGE | ({"data.paths"} if before["corpora"] == inputs["corpora"] else set())
+    differences = [
+        line for name, line in _differences(read_config(file), config) if not {name, name.split(".")[0]} & may_change
+    ]
+    olds, news = before["corpora"], inputs["corpora"]
+    if len(olds) != len(news) or not all(new.startswith(old) for old, new in zip(olds, news, strict=True)):
         differences.append(f"the token files in {', '.join(config.data.paths)} are not those it began with")
-    before["init"] = _named(before["init"])
+    if before.get("tokenizer", inputs["tokenizer"]) != inputs["tokenizer"]:
+        differences.append(
+            f"the tokenizer.json in {', '.join(config.data.paths)} is not the one it began with (SHA-256 is "
+            f"{before['tokenizer']} there, {inputs['tokenizer']} here)"
+        )
     if inputs["init"] not in (None, before["init"]):
         differences.append(f"--init is {before['init']} there, {inputs['init']} here")
     if differences:
@@ -206,6 +218,25 @@ def _check_run(config: Config, out: Path, inputs: dict[str, Any]) -> None:
         )
     if checkpoint.newest(out) is None and before["init"] != inputs["init"]:
         raise InputError(f"--out {out}: began with --init {before['init']} and has no checkpoint yet; give it again")
+
+
+def _read_inputs(out: Path) -> dict[str, Any]:
+    """What a run's inputs.json says; InputError if it is damaged. An older run's tokenizer is that in its folder."""
+    file = out / _INPUTS
+    try:
+        before = json.loads(file.read_bytes())
+        corpora, init = before["corpora"], _named(before["init"])
+        if not all(isinstance(fingerprint, str) and fingerprint for fingerprint in corpora):
+            raise ValueError(f"corpora={corpora}")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        newest = checkpoint.newest(out)
+        raise InputError(
+            f"{file}: damaged ({type(error).__name__}: {error}); put a copy of it back, or begin anew in another folder"
+            + (f", from the weights there by --init {newest}" if newest else "")
+        ) from error
+    if "tokenizer" not in before and (out / "tokenizer.json").is_file():
+        before["tokenizer"] = Tokenizer.load(out).sha256
+    return before | {"init": init}
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, str]]:
@@ -228,7 +259,7 @@ def _write_run(out: Path, config: Config, tokenizer: Tokenizer | None, inputs: d
     if not (out / "config.json").is_file():  # going on does not change where the run came from
         texts[_INPUTS] = json.dumps(inputs, indent=1) + "\n"
     texts["config.json"] = config.to_json()  # with it the folder is a run, so what it needs to be one comes before
-    if tokenizer is not None:
+    if tokenizer is not None and not (out / "tokenizer.json").is_file():
         texts["tokenizer.json"] = tokenizer.to_json()
     for name, text in texts.items():
         temporary = out / f"{name}.tmp"

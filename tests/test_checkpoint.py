@@ -420,7 +420,10 @@ def make_run(run: Path, *names: str) -> Path:
 
 def test_the_newest_is_that_of_the_highest_step_that_is_whole(tmp_path):
     assert newest(tmp_path) is None
-    run = make_run(tmp_path, "9", "10", "8", "11.incomplete", "12.replaced", "notes")
+    run = make_run(
+        tmp_path, "9", "10", "8", "11.incomplete", "12.replaced", "notes", "\N{SUPERSCRIPT TWO}", "\u0661\u0662"
+    )
+    (run / "checkpoints" / "13").touch()
     assert newest(run) == run / "checkpoints" / "10"
 
 
@@ -469,9 +472,10 @@ def test_what_is_no_damage_sets_no_checkpoint_aside(saved, tmp_path, monkeypatch
 def test_pruning_keeps_the_newest(tmp_path, keep, left):
     """And nothing of a save that was killed; a damaged one is kept for whoever wants to look."""
     run = make_run(tmp_path, "1", "2", "10", "20", "30.incomplete", "15.damaged")
+    (run / "checkpoints" / "x.incomplete").touch()  # somebody's
     prune(run, keep)
     names = {item.name for item in (run / "checkpoints").iterdir()}
-    assert names == {*left.split(), "15.damaged"}
+    assert names == {*left.split(), "15.damaged", "x.incomplete"}
 
 
 @pytest.mark.slow

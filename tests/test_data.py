@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import struct
 from collections import Counter
 
@@ -269,6 +270,32 @@ def test_corpora_of_one_tokenizer_go_together_and_of_two_do_not(tmp_path):
     message = rf"^data\.paths: {one}/tokenizer\.json and {two}/tokenizer\.json differ"
     with pytest.raises(InputError, match=message):
         find_tokenizer(DataConfig(paths=(str(one), str(bare), str(two))))
+
+
+def fingerprint(folder):
+    return Corpus(folder, 0.1, LENGTH, VOCAB).fingerprint
+
+
+def test_other_tokens_in_documents_of_the_same_lengths_have_another_fingerprint(tmp_path):
+    """Every token up to 4 MiB; in a larger file those at both ends and in between."""
+    corpus = random_corpus(tmp_path / "corpus")
+    before, file = fingerprint(corpus), corpus / "text_document.bin"
+    content = file.read_bytes()
+    for at in (0, len(content) // 2, len(content) - 2):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert fingerprint(corpus) != before
+    file.write_bytes(content)
+    assert fingerprint(corpus) == before == fingerprint(shutil.copytree(corpus, tmp_path / "copy"))
+
+    large = write_corpus(tmp_path / "large", [np.full(2**22, 7)])  # 8 MiB
+    before, size = fingerprint(large), 2**23
+    with open(large / "text_document.bin", "r+b") as file:
+        for at in (0, (size - 2**16) * 31 // 63, size - 2):
+            file.seek(at)
+            file.write(b"\x06")
+            file.flush()
+            assert fingerprint(large) != before
+            before = fingerprint(large)
 
 
 def test_a_folder_that_is_missing_empty_or_ambiguous_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -370,7 +371,7 @@ def test_another_setting_is_refused_on_resuming_by_its_name(corpus, settings, un
 
 
 def test_another_corpus_is_refused_on_resuming(corpus, settings, uninterrupted, tmp_path):
-    other = random_corpus(tmp_path / "other", tokens=3200)
+    other = random_corpus(tmp_path / "other", seed=1, tokens=3200)  # an equal index, other tokens
     with pytest.raises(InputError, match=rf'data\.paths is \["{corpus}"\] there, \["{other}"\] here'):
         train(make_config(other, **settings), uninterrupted)
 
@@ -382,6 +383,81 @@ def test_other_token_files_in_the_same_place_are_refused_on_resuming(tmp_path):
     random_corpus(tmp_path / "corpus", tokens=3300)
     with pytest.raises(InputError, match="are not those it began with"):
         train(make_config(corpus, train__steps=4), run)
+
+
+def test_other_tokens_in_documents_of_the_same_lengths_are_refused_on_resuming(corpus, tmp_path):
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    run = train(make_config(corpus, train__steps=2), tmp_path / "run").parent.parent
+    # The same bytes in another place are the same data.
+    assert train(make_config(moved, train__steps=3), run).name == "3"
+    file = moved / "text_document.bin"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(InputError, match=rf"there: the token files in {moved} are not those it began with; give"):
+        train(make_config(moved, train__steps=4), run)
+
+
+def as_older_runs_wrote_it(run):
+    """inputs.json with less of a fingerprint, and no word about the tokenizer."""
+    file = run / "inputs.json"
+    inputs = json.loads(file.read_text(encoding="utf-8"))
+    del inputs["tokenizer"]
+    inputs["corpora"] = [fingerprint.partition(", sample")[0] for fingerprint in inputs["corpora"]]
+    file.write_text(json.dumps(inputs), encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_another_tokenizer_is_refused_on_resuming(tmp_path, is_older):
+    corpus, tokenizer = text_corpus(tmp_path / "corpus")
+    run = train(make_config(corpus, train__steps=2), tmp_path / "run").parent.parent
+    if is_older:
+        as_older_runs_wrote_it(run)
+        assert train(make_config(corpus, train__steps=3), run).name == "3"
+    other = json.loads(tokenizer.to_json())
+    vocabulary = other["model"]["vocab"]
+    one, two = sorted(vocabulary, key=vocabulary.get)[10:12]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (corpus / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(
+        InputError, match=rf"the tokenizer\.json in {corpus} is not the one it began with \(SHA-256 is "
+    ):
+        train(make_config(corpus, train__steps=4), run)
+    assert (run / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_json()
+
+
+def test_an_older_runs_data_stay_where_they_are(corpus, tmp_path):
+    """Its fingerprints do not tell other tokens from these."""
+    run = train(make_config(corpus, train__steps=2), tmp_path / "run").parent.parent
+    as_older_runs_wrote_it(run)
+    assert train(make_config(corpus, train__steps=3), run).name == "3"
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    with pytest.raises(InputError, match=rf'data\.paths is \["{corpus}"\] there, \["{moved}"\] here'):
+        train(make_config(moved, train__steps=4), run)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("inputs.json", b'{"corpora": ["12', "damaged (JSONDecodeError: "),
+        (
+            "inputs.json",
+            b"{}",
+            "damaged (KeyError: 'corpora'); put a copy of it back, or begin anew in another folder, ",
+        ),
+        ("inputs.json", b'{"corpora": 1, "init": null}', "damaged (TypeError: "),
+        ("log.jsonl", b"\xff\xfe", "not a log, not even UTF-8 ("),
+        (
+            "log.jsonl",
+            b'{"step": 0, "loss": 1.0}\n[1]\n',
+            "line 2 is no row of a log, it has no step: [1]; mend it, or ",
+        ),
+        ("log.jsonl", b'{"loss": 1.0}\n', 'line 1 is no row of a log, it has no step: {"loss": 1.0}; mend it, or move'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(corpus, on_one_device, tmp_path, name, content, message):
+    run = shutil.copytree(on_one_device, tmp_path / "run")
+    (run / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(f'{run / name}: {message}')}"):
+        train(make_config(corpus, train__steps=21), run)
 
 
 def test_a_start_that_was_killed_early_does_not_block_the_folder(corpus, tmp_path):
