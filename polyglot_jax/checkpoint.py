@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from polyglot_jax import hosts, manifest, store
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.files import beside, new_folder, read_config
+from polyglot_jax.files import beside, new_folder, read_config, sync
 from polyglot_jax.manifest import DAMAGED, Damaged, Files, file_crc32, files_in, is_checkpoint, measure
 from polyglot_jax.orbax_noise import quiet
 from polyglot_jax.parallel import in_order
@@ -146,7 +146,9 @@ def start_save(
         def write() -> Files:
             _each(writing)  # whoever is told of a failure deletes the folder, so nobody may be writing
             ours = f"/ocdbt.process_{jax.process_index()}/d/"  # the data; the rest is small, and changes at the end
-            return {name: measure(folder / name) for name in files_in(folder) if ours in name}
+            names = [name for name in files_in(folder) if ours in name]
+            sync(*(folder / name for name in names))  # a host can answer for what it wrote alone
+            return {name: measure(folder / name) for name in names}
 
         def commit(parts: list[Files]) -> None:
             for name in trees:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -96,11 +97,13 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
             temporary.mkdir()
             (temporary / _UNFINISHED).touch()
             yield temporary
+            sync(temporary, *temporary.rglob("*"))  # as the name must not reach the disk before what it stands for
             check()  # again: somebody may have put something there meanwhile
             if is_taken():
                 path.rename(old)
             (temporary / _UNFINISHED).unlink()
             temporary.rename(path)
+            sync(path.parent)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if old.exists() and not path.exists():
@@ -115,6 +118,24 @@ def new_folder(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: 
             raise
         if old.exists():
             delete_old()
+
+
+def sync(*paths: Path) -> None:
+    """Wait until what is in these files, and the names in these folders, would outlast a loss of power."""
+
+    def wait(path: Path) -> None:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        except OSError as error:
+            if path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP):
+                return  # some networks' disks cannot do it for folders
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(opened)
+
+    with ThreadPoolExecutor(8) as pool:  # the disk writes its journal once for several
+        list(pool.map(wait, paths))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from polyglot_jax.config import InputError
+from polyglot_jax.files import sync
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
@@ -56,6 +57,7 @@ class Log:
         kept = [row for row in read_log(run) if after and row["step"] <= after]
         temporary = file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        sync(temporary)
         temporary.replace(file)
         self._file = file.open("a", encoding="utf-8")
         folder = Path(run) / "tensorboard"

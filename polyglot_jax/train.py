@@ -24,7 +24,7 @@ from polyglot_jax import checkpoint, hosts, preflight, sharding
 from polyglot_jax.checkpoint import Checkpoint
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.data import Batches, find_tokenizer
-from polyglot_jax.files import locked, read_config
+from polyglot_jax.files import locked, read_config, sync
 from polyglot_jax.hardware import free_memory
 from polyglot_jax.log import plot_run
 from polyglot_jax.optimizer import schedule
@@ -264,6 +264,7 @@ def _write_run(out: Path, config: Config, tokenizer: Tokenizer | None, inputs: d
     for name, text in texts.items():
         temporary = out / f"{name}.tmp"
         temporary.write_bytes(text.encode())
+        sync(temporary)
         temporary.replace(out / name)
 
 

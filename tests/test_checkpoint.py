@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import jax
@@ -352,6 +353,61 @@ def test_a_failed_save_leaves_no_part_of_itself_and_the_old_one(saved, config, m
     assert [item.name for item in path.parent.iterdir()] == [path.name]
     assert Checkpoint(path).step == 7
     assert bits(Checkpoint(path).restore_params(abstract_of(params))) == bits(params)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_loss_of_power_leaves_no_torn_checkpoint(saved, config, monkeypatch, overwrite):
+    """All that it holds, and every folder's names, have been made sure of when it takes its name; then the name is."""
+    path = saved[0] if overwrite else saved[0].with_name("new")
+    fsync, rename, sure, states = os.fsync, Path.rename, {}, []
+
+    def fsync_noted(opened):
+        fsync(opened)
+        status = os.fstat(opened)
+        sure[status.st_ino] = status.st_mtime_ns  # of its last change
+
+    def rename_checked(self, target):
+        if target == path:
+            inside = {self, *self.rglob("*")}
+            states.append({file.relative_to(self).as_posix(): sure.get(file.stat().st_ino) == file.stat().st_mtime_ns
+                           for file in inside})  # fmt: skip
+            sure.clear()
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync_noted)
+    monkeypatch.setattr(Path, "rename", rename_checked)
+    save(path, config, random_params(config), optimizer=random_optimizer(config), tokenizer="{}", overwrite=overwrite)
+    [state] = states
+    assert {"manifest.json", "params", "optimizer", "tokenizer.json"} < state.keys()
+    assert {name for name, is_sure in state.items() if not is_sure} <= {"."}  # from which a hidden mark just went
+    assert path.parent.stat().st_ino in sure
+
+
+def test_a_disk_that_fills_as_it_is_made_sure_of_leaves_nothing(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/new: the disk is full"):
+        save(tmp_path / "new", config, random_params(config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_may_be_unable_to_make_sure_of_folders_but_not_of_files(tmp_path, monkeypatch):
+    fsync, number = os.fsync, errno.EINVAL
+
+    def of_files_only(opened):
+        if stat.S_ISDIR(os.fstat(opened).st_mode) or number == errno.EIO:
+            raise OSError(number, os.strerror(number))
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    with new_folder(tmp_path / "new", lambda _: True) as folder:
+        (folder / "file").touch()
+    number = errno.EIO
+    with (
+        pytest.raises(OSError, match=f"^.Errno 5. Input/output error: '{tmp_path}/other.incomplete"),
+        new_folder(tmp_path / "other", lambda _: True) as folder,
+    ):
+        (folder / "file").touch()
+    assert [item.name for item in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
