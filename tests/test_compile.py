@@ -48,10 +48,6 @@ def until_equal(x):
     return jax.lax.while_loop(lambda s: s[0] <= 20, lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]), (2, x))[1]
 
 
-def turned_round(x):
-    return jax.lax.while_loop(lambda s: s[0] < 20, lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]), (2, x))[1]
-
-
 @pytest.mark.parametrize(
     "function, trips",
     [
@@ -60,12 +56,18 @@ def turned_round(x):
         (nested, [5, 7]),
         (by_threes, [6]),
         (until_equal, [19]),
-        (turned_round, [18]),
         (jax.grad(lambda x: scan(9)(x).sum()), [9, 9]),
     ],
 )
 def test_trip_counts_of_real_loops(function, trips):
     assert sorted(cost(text_of(function, jnp.ones((8, 8)))).loops.values()) == trips
+
+
+@pytest.mark.parametrize("direction, trips", [("GT", 6), ("GE", 7)])
+def test_a_limit_may_stand_before_the_counter(direction, trips):
+    """XLA turns such round, where it optimises."""
+    turned = LOOP.replace("compare(%j, %limit), direction=LT", f"compare(%limit, %j), direction={direction}")
+    assert cost(turned).loops == {"loop": trips}
 
 
 def test_a_loop_that_depends_on_data_is_refused():
@@ -169,6 +171,44 @@ def test_a_kernel_whose_products_are_not_known_is_refused(name, target):
         cost(
             in_body(f'%{name} = bf16[8,128] custom-call(%x), custom_call_target="{target}", metadata={{op_name="a/b"}}')
         )
+
+
+WRAPPED = """
+%hidden (c: bf16[4,2,512,128]) -> bf16[4,2,512,128] {
+  %c = bf16[4,2,512,128] parameter(0)
+  %s = bf16[4,2,512,128] custom-call(%c), custom_call_target="Sharding"
+  ROOT %splash_mha_dq.1 = bf16[4,2,512,128] custom-call(%s), custom_call_target="tpu_custom_call"
+}
+
+%around (d: bf16[4,2,512,128]) -> bf16[4,2,512,128] {
+  %d = bf16[4,2,512,128] parameter(0)
+  ROOT %f = bf16[4,2,512,128] fusion(%d), kind=kCustom, calls=%hidden
+}
+
+ENTRY"""
+
+
+@pytest.mark.parametrize(
+    "call, cycles",
+    [
+        ('bf16[4,2,512,128] fusion(%q), calls=%hidden, backend_config={"estimated_cycles":"5"}', 5),
+        ("((bf16[4,2,512,128]), bf16[4,2,512,128], s32[]) async-start(%q), calls=%hidden", 0),
+        ("((bf16[4,2,512,128]), bf16[4,2,512,128], s32[]) async-start(%q), calls=%around", 0),
+    ],
+)
+def test_kernels_inside_fusions_and_what_starts_others_are_costed_or_refused(call, cycles):
+    text = in_body(f"%q = bf16[4,2,512,128] bitcast(%x)\n  %u = {call}").replace("\nENTRY", WRAPPED)
+    found, flops = cost(text), 3 * 2 * 4 * 2 * 512 * 512 * 128
+    assert [(kernel.times, kernel.flops) for kernel in found.kernels] == [(6, flops)]
+    assert found.compute - cost(LOOP).compute == pytest.approx(6 * cycles / 1.5e9)
+    with pytest.raises(InputError, match=r"mystery.1: custom call to tpu_custom_call .*cannot be estimated"):
+        cost(text.replace("splash_mha_dq.1", "mystery.1"))
+
+
+def test_a_loop_inside_a_wrapper_is_refused():
+    loop = "%again = (s32[], bf16[8,128], s32[]) while(%a), condition=%condition, body=%body\n  ROOT %b"
+    with pytest.raises(InputError, match="%y: holds a while, %again, that cannot be estimated there"):
+        cost(LOOP.replace("ROOT %b", loop))
 
 
 TORUS = [(x, y) for x in range(16) for y in range(16)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,12 +105,9 @@ class Cost:
         return max(self.busy, self.links, self.copies) + self.waiting
 
     def add(self, other: Cost) -> None:
-        for name, value in dataclasses.asdict(other).items():
-            mine = getattr(self, name)
-            if isinstance(mine, dict):
-                mine.update(value)
-            else:
-                setattr(self, name, mine + getattr(other, name))
+        for each in dataclasses.fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, mine | theirs if isinstance(mine, dict) else mine + theirs)
 
 
 class Estimator:
@@ -177,22 +174,27 @@ class Estimator:
         if it.opcode == "conditional":
             branches = it.called("branch_computations", "true_computation", "false_computation")
             return max((self._computation(branch, times) for branch in branches), key=lambda cost: cost.step)
-        found = [
-            self._collective(body, inner, times, it)
-            for body in [scope] * (_kind(it) is not None) + [self._program.computations[c] for c in it.called("calls")]
-            for inner in ([it] if body is scope else body.instructions.values())
-            if _kind(inner) is not None
-        ]
+        parts = list(self._parts(scope, it))
+        found = [self._collective(body, part, times, it) for body, part in parts if _kind(part) is not None]
         cost = Cost(collectives=[collective for collective in found if collective is not None])
+        cost.kernels = [self._kernel(body, part, times) for body, part in parts if _is_kernel(part)]
         if it.opcode in ("copy-start", "slice-start"):
             cost.copies = times * 2 * min(shape.bytes for shape in it.shapes[:2]) / self._chip.bandwidth
-        elif it.opcode == "custom-call" and it.attribute("custom_call_target") not in FREE_CALLS:
-            cost.kernels.append(self._kernel(scope, it, times))
-        elif it.cycles is not None:
+        elif it.cycles is not None and not _is_kernel(it):
             cost.compute = times * it.cycles / self._chip.clock
-        elif not found and it.opcode not in FREE and it.opcode != "custom-call":
+        elif not found and not cost.kernels and it.opcode not in FREE and it.opcode != "custom-call":
             cost.moved = times * (it.bytes + scope.operand_bytes(it)) / self._chip.bandwidth
         return cost
+
+    def _parts(self, scope: Computation, it: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+        """An instruction and, of a fusion or of one that only starts others, all that it holds, each with its scope."""
+        yield scope, it
+        for name in it.called("calls", *["to_apply"] * (it.opcode == "call")):  # of others, what sums two numbers
+            body = self._program.computations[name]
+            for part in body.instructions.values():
+                if part.opcode in ("while", "conditional"):
+                    raise InputError(f"%{it.name}: holds a {part.opcode}, %{part.name}, that cannot be estimated there")
+                yield from self._parts(body, part)
 
     def _kernel(self, scope: Computation, it: Instruction, times: int) -> Kernel:
         shapes = [shape for name in it.operands for shape in scope.instructions[name].shapes]
@@ -257,6 +259,10 @@ class Estimator:
         links = sum(2 if torus[axis] % self._chip.wraps == 0 else 1 for axis in spanned)
         passes = {"all-reduce": 2.0, "all-to-all": max(torus[axis] for axis in spanned) / 4}.get(kind, 1.0)
         return passes * size * (n - 1) / n / links
+
+
+def _is_kernel(it: Instruction) -> bool:
+    return it.opcode == "custom-call" and it.attribute("custom_call_target") not in FREE_CALLS
 
 
 def _kind(it: Instruction) -> str | None:
