@@ -230,7 +230,18 @@ def collective(line, places=TORUS):
         ("%g = bf16[8,128] all-reduce(%x), replica_groups=[16,16]<=[256]", 2048, 2 * 15 / 16 / 2),
         ("%g = bf16[8,128] all-reduce(%x), replica_groups=[16,16]<=[16,16]T(1,0)", 2048, 2 * 15 / 16 / 2),
         ("%g = bf16[8,128] all-reduce(%x), replica_groups=mesh['a'=16,'b'=16] {'b'}, to_apply=%inside", 2048, 15 / 16),
-        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[16,16]<=[256]", 2048, 4 * 15 / 16 / 2),
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[16,16]<=[256]", 2048, 4 / 2),
+        # Each byte goes along both axes, so that their links do not share the work.
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[1,256]<=[256]", 2048, 4 / 2),
+        # Half of an axis is no ring: one link. With a whole one beside it, three.
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[32,8]<=[256]", 2048, 2 * 7 / 8),
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[32,8]<=[256]", 2048, 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[2,128]<=[16,2,8]T(1,0,2)", 2048, 2 * 127 / 128 / 3),
+        # Eight pairs, or two rings of eight, over the same links of an axis; pairs that are not closed to a ring.
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[128,2]<=[16,2,8]T(0,2,1)", 2048, 8 * 2 / 2 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[32,8]<=[16,8,2]T(0,2,1)", 2048, 2 * 2 * 7 / 8 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[128,2]<=[16,4,2,2]T(0,1,3,2)", 2048, 2 * 2 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[64,4]<=[16,2,4,2]T(0,2,1,3)", 2048, 4 * 2 * 3 / 4 / 2),
         ("%g = bf16[8,128] collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 2048, 1),
         ("%g = bf16[8,128] all-reduce(%x), replica_groups={{0},{1}}", 2048, 0),
     ],
@@ -248,6 +259,8 @@ def test_collectives_cost_the_bytes_on_their_busiest_link(line, size, link_bytes
         ("all-gather", "replica_groups=[1,256]<=[256]", 8 + 8),
         ("all-reduce", "replica_groups=[16,16]<=[256]", 2 * 8),
         ("all-reduce", "replica_groups=[128,2]<=[256]", 2),
+        ("all-gather", "replica_groups=[32,8]<=[256]", 7),  # half a ring: a line
+        ("all-gather", "replica_groups=[32,8]<=[16,8,2]T(0,2,1)", 8),  # every second chip of a ring
         ("collective-permute", "source_target_pairs={{0,1},{1,0}}", 1),
     ],
 )
