@@ -387,6 +387,23 @@ def test_an_unknown_topology_is_refused_with_the_names_there_are(name):
         describe(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["v5e:2x2x2", "v5e:4x4x4", "v5e:256", "v5e:32x32", "v5e:16x32", "v5e:8x32", "v5p:16x16", "v5p:4x8x32"]
+)
+def test_a_slice_that_nobody_built_is_refused_with_those_there_are(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail("asked the compiler"))
+    largest = {"v5e": "16x16", "v5p": "16x16x24"}[name[:3]]
+    with pytest.raises(InputError, match=f"--topology {name}: no slice is larger than {largest} .* {name[:3]}:2x2"):
+        describe(name)
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x8", "v5e:16x16", "v5p:2x2x1", "v5p:4x8x8", "v5p:24x16x16"])
+def test_slices_as_large_as_are_built_come_to_the_compiler(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the TPU compiler"):
+        describe(name)
+
+
 def test_without_the_compiler_the_command_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
