@@ -1,8 +1,10 @@
 """The compile check: what is read from a compiled program's text, and what it is taken to cost."""
 
+import dataclasses
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from polyglot_jax.__main__ import VERBS
 from polyglot_jax.attention import kernel_flops
 from polyglot_jax.cli import run
-from polyglot_jax.compile import hlo
-from polyglot_jax.compile.cost import Estimator, replica_groups
+from polyglot_jax.compile import command, decode, hlo
+from polyglot_jax.compile.cost import Cost, Estimator, replica_groups
+from polyglot_jax.compile.output import new_file
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.hardware import CHIPS
+from polyglot_jax.preflight import Memory
 
 CHIP = CHIPS["v5e"]
 
@@ -411,6 +415,48 @@ def test_without_the_compiler_the_command_says_what_to_install(monkeypatch):
         describe("v5e:2x2")
 
 
+@pytest.mark.parametrize("mode", ["train", "decode"])
+def test_files_are_found_wrong_before_anything_is_compiled(mode, tmp_path, monkeypatch, capsys):
+    for module in (command, decode):
+        monkeypatch.setattr(module, "describe", lambda *_: pytest.fail("began to compile"))
+    there, new, nowhere = tmp_path / "there", tmp_path / "new", tmp_path / "none" / "file"
+    there.write_text("precious")
+    for first, second, message in (
+        (there, new, f"{there}: exists; name another file, or delete it"),
+        (new, there, f"{there}: exists; name another file, or delete it"),
+        (tmp_path, new, f"{tmp_path}: exists"),
+        (new, nowhere, f"{nowhere}: cannot be written"),
+        (new, new, f"{new}: cannot be written"),
+    ):
+        flags = f"compile --mode {mode} --topology v5e:2x2 --json {first} --dump-hlo {second}"
+        assert run(VERBS, "polyglot_jax", flags.split()) == 1
+        assert message in capsys.readouterr().err
+        assert [file.name for file in tmp_path.iterdir()] == ["there"] and there.read_text() == "precious"
+
+
+def test_a_file_appears_whole_and_what_goes_wrong_later_leaves_it(tmp_path):
+    file = tmp_path / "new"
+    with pytest.raises(InputError, match="later"), new_file(str(file)) as write:
+        write("all")
+        raise InputError("later")
+    assert file.read_text() == "all"
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file}: exists"), new_file(str(file)) as write:
+        file.write_text("somebody's")
+        write("ours")
+    assert [file.name for file in tmp_path.iterdir()] == ["new"] and file.read_text() == "somebody's"
+
+
+def test_a_collective_without_a_source_has_no_empty_brackets():
+    found = collective("%g = bf16[8,128] all-reduce(%x), replica_groups=[1,256]<=[256]")
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    program = SimpleNamespace(config=Config(), mesh=mesh, model=SimpleNamespace(attention="splash"))
+    for source, end in (("", "waited for"), ("a/b", "waited for (a/b)")):
+        costs = Cost(compute=1.0, collectives=[dataclasses.replace(found, source=source)])
+        printed = str(command.Estimate(program, "v5e:1x1", CHIP, Memory(1, 1, 1, 1, 1), costs, 1.0))
+        assert [line.endswith(end) for line in printed.splitlines() if "all-reduce" in line] == [True]
+
+
 @pytest.mark.slow
 def test_a_small_step_is_compiled_for_eight_tpus(tmp_path, capsys):
     """The estimate adds up, loops run once a layer, and no product of the attention is computed again."""
@@ -436,7 +482,8 @@ def test_a_small_step_is_compiled_for_eight_tpus(tmp_path, capsys):
     assert hlo.parse(text.read_text()).entry
 
     # Logits of 1,024 rows a chip: 512 x 30,080 float32 each.
-    assert run(VERBS, "polyglot_jax", command.replace("--train.batch-size 16", "--train.batch-size 8192").split()) == 1
+    command = command.split(" --json")[0].replace("--train.batch-size 16", "--train.batch-size 8192")
+    assert run(VERBS, "polyglot_jax", command.split()) == 1
     assert "does not fit" in capsys.readouterr().err
 
 
