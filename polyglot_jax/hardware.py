@@ -32,7 +32,7 @@ class Chip(NamedTuple):
     kind: jax.Device.device_kind. clock: Hz of the matrix units, the compiler's cycles. memory: bytes of HBM that the
     runtime leaves free. bandwidth: of HBM, bytes/s. link: bytes/s of one link in one direction. wraps: a torus axis is
     closed to a ring where its size is a multiple of this. network: bytes/s of a chip's share of the network between
-    slices. sizes: of slices that are sold, some of them.
+    slices. sizes: of slices that are sold, some of them, the largest last.
     """
 
     kind: str
@@ -52,7 +52,8 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 1.50e9, int(15.75 * 2**30), 819e9, 45e9, wraps=16, network=3.125e9,
                 sizes=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
     "v5p": Chip("TPU v5", 1.75e9, 95 * 2**30, 2765e9, 90e9, wraps=4, network=6.25e9,
-                sizes=("2x2x1", "2x2x2", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")),
+                sizes=("2x2x1", "2x2x2", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
+                       "16x16x24")),
 }  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """The compile check: what is read from a compiled program's text, and what it is taken to cost."""
 
+import dataclasses
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from polyglot_jax.__main__ import VERBS
 from polyglot_jax.attention import kernel_flops
 from polyglot_jax.cli import run
-from polyglot_jax.compile import hlo
-from polyglot_jax.compile.cost import Estimator, replica_groups
+from polyglot_jax.compile import command, decode, hlo
+from polyglot_jax.compile.cost import Cost, Estimator, replica_groups
+from polyglot_jax.compile.output import new_file
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, InputError
 from polyglot_jax.hardware import CHIPS
+from polyglot_jax.preflight import Memory
 
 CHIP = CHIPS["v5e"]
 
@@ -48,10 +52,6 @@ def until_equal(x):
     return jax.lax.while_loop(lambda s: s[0] <= 20, lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]), (2, x))[1]
 
 
-def turned_round(x):
-    return jax.lax.while_loop(lambda s: s[0] < 20, lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]), (2, x))[1]
-
-
 @pytest.mark.parametrize(
     "function, trips",
     [
@@ -60,12 +60,18 @@ def turned_round(x):
         (nested, [5, 7]),
         (by_threes, [6]),
         (until_equal, [19]),
-        (turned_round, [18]),
         (jax.grad(lambda x: scan(9)(x).sum()), [9, 9]),
     ],
 )
 def test_trip_counts_of_real_loops(function, trips):
     assert sorted(cost(text_of(function, jnp.ones((8, 8)))).loops.values()) == trips
+
+
+@pytest.mark.parametrize("direction, trips", [("GT", 6), ("GE", 7)])
+def test_a_limit_may_stand_before_the_counter(direction, trips):
+    """XLA turns such round, where it optimises."""
+    turned = LOOP.replace("compare(%j, %limit), direction=LT", f"compare(%limit, %j), direction={direction}")
+    assert cost(turned).loops == {"loop": trips}
 
 
 def test_a_loop_that_depends_on_data_is_refused():
@@ -171,6 +177,44 @@ def test_a_kernel_whose_products_are_not_known_is_refused(name, target):
         )
 
 
+WRAPPED = """
+%hidden (c: bf16[4,2,512,128]) -> bf16[4,2,512,128] {
+  %c = bf16[4,2,512,128] parameter(0)
+  %s = bf16[4,2,512,128] custom-call(%c), custom_call_target="Sharding"
+  ROOT %splash_mha_dq.1 = bf16[4,2,512,128] custom-call(%s), custom_call_target="tpu_custom_call"
+}
+
+%around (d: bf16[4,2,512,128]) -> bf16[4,2,512,128] {
+  %d = bf16[4,2,512,128] parameter(0)
+  ROOT %f = bf16[4,2,512,128] fusion(%d), kind=kCustom, calls=%hidden
+}
+
+ENTRY"""
+
+
+@pytest.mark.parametrize(
+    "call, cycles",
+    [
+        ('bf16[4,2,512,128] fusion(%q), calls=%hidden, backend_config={"estimated_cycles":"5"}', 5),
+        ("((bf16[4,2,512,128]), bf16[4,2,512,128], s32[]) async-start(%q), calls=%hidden", 0),
+        ("((bf16[4,2,512,128]), bf16[4,2,512,128], s32[]) async-start(%q), calls=%around", 0),
+    ],
+)
+def test_kernels_inside_fusions_and_what_starts_others_are_costed_or_refused(call, cycles):
+    text = in_body(f"%q = bf16[4,2,512,128] bitcast(%x)\n  %u = {call}").replace("\nENTRY", WRAPPED)
+    found, flops = cost(text), 3 * 2 * 4 * 2 * 512 * 512 * 128
+    assert [(kernel.times, kernel.flops) for kernel in found.kernels] == [(6, flops)]
+    assert found.compute - cost(LOOP).compute == pytest.approx(6 * cycles / 1.5e9)
+    with pytest.raises(InputError, match=r"mystery.1: custom call to tpu_custom_call .*cannot be estimated"):
+        cost(text.replace("splash_mha_dq.1", "mystery.1"))
+
+
+def test_a_loop_inside_a_wrapper_is_refused():
+    loop = "%again = (s32[], bf16[8,128], s32[]) while(%a), condition=%condition, body=%body\n  ROOT %b"
+    with pytest.raises(InputError, match="%y: holds a while, %again, that cannot be estimated there"):
+        cost(LOOP.replace("ROOT %b", loop))
+
+
 TORUS = [(x, y) for x in range(16) for y in range(16)]
 
 
@@ -190,7 +234,18 @@ def collective(line, places=TORUS):
         ("%g = bf16[8,128] all-reduce(%x), replica_groups=[16,16]<=[256]", 2048, 2 * 15 / 16 / 2),
         ("%g = bf16[8,128] all-reduce(%x), replica_groups=[16,16]<=[16,16]T(1,0)", 2048, 2 * 15 / 16 / 2),
         ("%g = bf16[8,128] all-reduce(%x), replica_groups=mesh['a'=16,'b'=16] {'b'}, to_apply=%inside", 2048, 15 / 16),
-        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[16,16]<=[256]", 2048, 4 * 15 / 16 / 2),
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[16,16]<=[256]", 2048, 4 / 2),
+        # Each byte goes along both axes, so that their links do not share the work.
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[1,256]<=[256]", 2048, 4 / 2),
+        # Half of an axis is no ring: one link. With a whole one beside it, three.
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[32,8]<=[256]", 2048, 2 * 7 / 8),
+        ("%g = bf16[8,128] all-to-all(%x), replica_groups=[32,8]<=[256]", 2048, 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[2,128]<=[16,2,8]T(1,0,2)", 2048, 2 * 127 / 128 / 3),
+        # Eight pairs, or two rings of eight, over the same links of an axis; pairs that are not closed to a ring.
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[128,2]<=[16,2,8]T(0,2,1)", 2048, 8 * 2 / 2 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[32,8]<=[16,8,2]T(0,2,1)", 2048, 2 * 2 * 7 / 8 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[128,2]<=[16,4,2,2]T(0,1,3,2)", 2048, 2 * 2 / 2),
+        ("%g = bf16[8,128] all-reduce(%x), replica_groups=[64,4]<=[16,2,4,2]T(0,2,1,3)", 2048, 4 * 2 * 3 / 4 / 2),
         ("%g = bf16[8,128] collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 2048, 1),
         ("%g = bf16[8,128] all-reduce(%x), replica_groups={{0},{1}}", 2048, 0),
     ],
@@ -208,6 +263,8 @@ def test_collectives_cost_the_bytes_on_their_busiest_link(line, size, link_bytes
         ("all-gather", "replica_groups=[1,256]<=[256]", 8 + 8),
         ("all-reduce", "replica_groups=[16,16]<=[256]", 2 * 8),
         ("all-reduce", "replica_groups=[128,2]<=[256]", 2),
+        ("all-gather", "replica_groups=[32,8]<=[256]", 7),  # half a ring: a line
+        ("all-gather", "replica_groups=[32,8]<=[16,8,2]T(0,2,1)", 8),  # every second chip of a ring
         ("collective-permute", "source_target_pairs={{0,1},{1,0}}", 1),
     ],
 )
@@ -334,11 +391,70 @@ def test_an_unknown_topology_is_refused_with_the_names_there_are(name):
         describe(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["v5e:2x2x2", "v5e:4x4x4", "v5e:256", "v5e:32x32", "v5e:16x32", "v5e:8x32", "v5p:16x16", "v5p:4x8x32"]
+)
+def test_a_slice_that_nobody_built_is_refused_with_those_there_are(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail("asked the compiler"))
+    largest = {"v5e": "16x16", "v5p": "16x16x24"}[name[:3]]
+    with pytest.raises(InputError, match=f"--topology {name}: no slice is larger than {largest} .* {name[:3]}:2x2"):
+        describe(name)
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x8", "v5e:16x16", "v5p:2x2x1", "v5p:4x8x8", "v5p:24x16x16"])
+def test_slices_as_large_as_are_built_come_to_the_compiler(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the TPU compiler"):
+        describe(name)
+
+
 def test_without_the_compiler_the_command_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
     with pytest.raises(InputError, match=r"pip install -r requirements-tpu.txt"):
         describe("v5e:2x2")
+
+
+@pytest.mark.parametrize("mode", ["train", "decode"])
+def test_files_are_found_wrong_before_anything_is_compiled(mode, tmp_path, monkeypatch, capsys):
+    for module in (command, decode):
+        monkeypatch.setattr(module, "describe", lambda *_: pytest.fail("began to compile"))
+    there, new, nowhere = tmp_path / "there", tmp_path / "new", tmp_path / "none" / "file"
+    there.write_text("precious")
+    for first, second, message in (
+        (there, new, f"{there}: exists; name another file, or delete it"),
+        (new, there, f"{there}: exists; name another file, or delete it"),
+        (tmp_path, new, f"{tmp_path}: exists"),
+        (new, nowhere, f"{nowhere}: cannot be written"),
+        (new, new, f"{new}: cannot be written"),
+    ):
+        flags = f"compile --mode {mode} --topology v5e:2x2 --json {first} --dump-hlo {second}"
+        assert run(VERBS, "polyglot_jax", flags.split()) == 1
+        assert message in capsys.readouterr().err
+        assert [file.name for file in tmp_path.iterdir()] == ["there"] and there.read_text() == "precious"
+
+
+def test_a_file_appears_whole_and_what_goes_wrong_later_leaves_it(tmp_path):
+    file = tmp_path / "new"
+    with pytest.raises(InputError, match="later"), new_file(str(file)) as write:
+        write("all")
+        raise InputError("later")
+    assert file.read_text() == "all"
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file}: exists"), new_file(str(file)) as write:
+        file.write_text("somebody's")
+        write("ours")
+    assert [file.name for file in tmp_path.iterdir()] == ["new"] and file.read_text() == "somebody's"
+
+
+def test_a_collective_without_a_source_has_no_empty_brackets():
+    found = collective("%g = bf16[8,128] all-reduce(%x), replica_groups=[1,256]<=[256]")
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    program = SimpleNamespace(config=Config(), mesh=mesh, model=SimpleNamespace(attention="splash"))
+    for source, end in (("", "waited for"), ("a/b", "waited for (a/b)")):
+        costs = Cost(compute=1.0, collectives=[dataclasses.replace(found, source=source)])
+        printed = str(command.Estimate(program, "v5e:1x1", CHIP, Memory(1, 1, 1, 1, 1), costs, 1.0))
+        assert [line.endswith(end) for line in printed.splitlines() if "all-reduce" in line] == [True]
 
 
 @pytest.mark.slow
@@ -366,7 +482,8 @@ def test_a_small_step_is_compiled_for_eight_tpus(tmp_path, capsys):
     assert hlo.parse(text.read_text()).entry
 
     # Logits of 1,024 rows a chip: 512 x 30,080 float32 each.
-    assert run(VERBS, "polyglot_jax", command.replace("--train.batch-size 16", "--train.batch-size 8192").split()) == 1
+    command = command.split(" --json")[0].replace("--train.batch-size 16", "--train.batch-size 8192")
+    assert run(VERBS, "polyglot_jax", command.split()) == 1
     assert "does not fit" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from polyglot_jax import preflight, sharding
 from polyglot_jax.attention import kernel_flops
 from polyglot_jax.compile import hlo
 from polyglot_jax.compile.cost import Collective, Cost, Estimator
+from polyglot_jax.compile.output import new_file
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, MeshConfig
 from polyglot_jax.hardware import PEAK_BF16, Chip, step_flops
@@ -114,7 +115,7 @@ class Estimate:
         for c in sorted(cost.collectives, key=lambda c: -c.times * c.seconds)[:16]:
             lines.append(
                 f"  {c.times:>4} x {c.kind} of {c.bytes / 1e6:,.1f} MB over {c.devices}: {c.link_bytes / 1e6:,.2f} MB "
-                f"a link, {ms(c.seconds)}, {_waited(c)} ({c.source[-60:]})"
+                f"a link, {ms(c.seconds)}, {_waited(c)}{f' ({c.source[-60:]})' if c.source else ''}"
             )
         if len(cost.collectives) > 16:
             lines.append(f"  ... {len(cost.collectives) - 16} smaller ones (--json has them)")
@@ -132,8 +133,11 @@ def _waited(collective: Collective) -> str:
     return f"{1 - collective.covered / collective.seconds:.0%} waited for" if collective.covered else "waited for"
 
 
-def estimate(config: Config, topology: str, dump_hlo: str | None = None) -> Estimate:
-    """Compile the training step of `config` for `topology` and cost it. InputError where that cannot be done."""
+def estimate(config: Config, topology: str, dump: Callable[[str], object]) -> Estimate:
+    """Compile the training step of `config` for `topology` and cost it. InputError where that cannot be done.
+
+    dump: takes the text of the compiled program before it is costed.
+    """
     chip, devices = describe(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check(config, mesh)
@@ -142,8 +146,7 @@ def estimate(config: Config, topology: str, dump_hlo: str | None = None) -> Esti
     with jax.set_mesh(mesh):
         compiled = preflight.compile_step(program, chip.memory)
     seconds, text = time.perf_counter() - start, compiled.as_text()
-    if dump_hlo:
-        Path(dump_hlo).write_text(text, encoding="utf-8")
+    dump(text)
     places = [device.coords for device in mesh.devices[0].flat]
     slices, peak = config.mesh.slices, PEAK_BF16[chip.kind]
     cost = Estimator(hlo.parse(text), chip, peak, places, kernel_flops, EFFICIENCY, slices).cost()
@@ -152,8 +155,8 @@ def estimate(config: Config, topology: str, dump_hlo: str | None = None) -> Esti
 
 def compile_step(config: Config, topology: str, dump_hlo: str | None, json_file: str | None) -> None:
     """Print the estimate; InputError at the end if the step does not fit."""
-    found = estimate(config, topology, dump_hlo)
-    print(found)
-    if json_file:
-        Path(json_file).write_text(found.to_json(), encoding="utf-8")
+    with new_file(dump_hlo) as dump, new_file(json_file) as write:
+        found = estimate(config, topology, dump)
+        print(found)
+        write(found.to_json())
     preflight.check_step(found.program, found.memory, found.chip.memory)

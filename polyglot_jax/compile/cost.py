@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,12 +105,9 @@ class Cost:
         return max(self.busy, self.links, self.copies) + self.waiting
 
     def add(self, other: Cost) -> None:
-        for name, value in dataclasses.asdict(other).items():
-            mine = getattr(self, name)
-            if isinstance(mine, dict):
-                mine.update(value)
-            else:
-                setattr(self, name, mine + getattr(other, name))
+        for each in dataclasses.fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, mine | theirs if isinstance(mine, dict) else mine + theirs)
 
 
 class Estimator:
@@ -133,6 +130,7 @@ class Estimator:
     ):
         self._program, self._chip, self._peak, self._slices = program, chip, peak, slices
         self._coordinates = np.array([list(place) for place in coordinates])
+        self._torus = self._coordinates.max(0) + 1
         self._kernel_flops, self._efficiency = kernel_flops, efficiency
         self._chains: set[tuple[str, str]] = set()
 
@@ -177,22 +175,27 @@ class Estimator:
         if it.opcode == "conditional":
             branches = it.called("branch_computations", "true_computation", "false_computation")
             return max((self._computation(branch, times) for branch in branches), key=lambda cost: cost.step)
-        found = [
-            self._collective(body, inner, times, it)
-            for body in [scope] * (_kind(it) is not None) + [self._program.computations[c] for c in it.called("calls")]
-            for inner in ([it] if body is scope else body.instructions.values())
-            if _kind(inner) is not None
-        ]
+        parts = list(self._parts(scope, it))
+        found = [self._collective(body, part, times, it) for body, part in parts if _kind(part) is not None]
         cost = Cost(collectives=[collective for collective in found if collective is not None])
+        cost.kernels = [self._kernel(body, part, times) for body, part in parts if _is_kernel(part)]
         if it.opcode in ("copy-start", "slice-start"):
             cost.copies = times * 2 * min(shape.bytes for shape in it.shapes[:2]) / self._chip.bandwidth
-        elif it.opcode == "custom-call" and it.attribute("custom_call_target") not in FREE_CALLS:
-            cost.kernels.append(self._kernel(scope, it, times))
-        elif it.cycles is not None:
+        elif it.cycles is not None and not _is_kernel(it):
             cost.compute = times * it.cycles / self._chip.clock
-        elif not found and it.opcode not in FREE and it.opcode != "custom-call":
+        elif not found and not cost.kernels and it.opcode not in FREE and it.opcode != "custom-call":
             cost.moved = times * (it.bytes + scope.operand_bytes(it)) / self._chip.bandwidth
         return cost
+
+    def _parts(self, scope: Computation, it: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+        """An instruction and, of a fusion or of one that only starts others, all that it holds, each with its scope."""
+        yield scope, it
+        for name in it.called("calls", *["to_apply"] * (it.opcode == "call")):  # of others, what sums two numbers
+            body = self._program.computations[name]
+            for part in body.instructions.values():
+                if part.opcode in ("while", "conditional"):
+                    raise InputError(f"%{it.name}: holds a {part.opcode}, %{part.name}, that cannot be estimated there")
+                yield from self._parts(body, part)
 
     def _kernel(self, scope: Computation, it: Instruction, times: int) -> Kernel:
         shapes = [shape for name in it.operands for shape in scope.instructions[name].shapes]
@@ -230,33 +233,52 @@ class Estimator:
 
     def _hops(self, kind: str, groups: np.ndarray) -> int:
         """Links passed one after the other: along each axis to the chip farthest off; for a sum, there and back."""
-        torus = self._coordinates.max(0) + 1
-        places = self._coordinates[groups[0]]
         if kind == "collective-permute":
             return 1
         far = 0
-        for axis in range(len(torus)):
-            length = int(places[:, axis].max() - places[:, axis].min())
-            far += torus[axis] // 2 if length == torus[axis] - 1 and torus[axis] % self._chip.wraps == 0 else length
-        return far * (2 if kind == "all-reduce" else 1)
+        for axis, places in self._spanned(groups).items():
+            far += self._torus[axis] // 2 if self._is_ring(axis, places) else places[-1] - places[0]
+        return int(far) * (2 if kind == "all-reduce" else 1)
 
     def _on_busiest_link(self, kind: str, size: int, groups: np.ndarray) -> float:
         """Bytes that the busiest link carries in one direction.
 
-        A group that spans axes of the torus uses all their links: two a chip and axis on a ring, one on a line. A ring
-        passes (n - 1)/n of the data by each chip; an all-reduce does so twice; an all-to-all goes a quarter of each
-        ring far. A permute is costed as one hop.
+        A group that spans axes of the torus uses all their links: two a chip and axis on a ring, one on a line, less
+        where other groups lie over the same. A ring passes (n - 1)/n of the data by each chip; an all-reduce does so
+        twice; an all-to-all goes a quarter of the group far along each axis. A permute is costed as one hop.
         """
-        torus = self._coordinates.max(0) + 1
-        spanned = [axis for axis in range(len(torus)) if len(set(self._coordinates[groups[0]][:, axis])) > 1]
         if kind == "collective-permute":
             return float(size)
-        n = groups.shape[1]
-        if n == 1 or not spanned:
+        n, spanned = groups.shape[1], self._spanned(groups)
+        if not spanned:
             return 0.0
-        links = sum(2 if torus[axis] % self._chip.wraps == 0 else 1 for axis in spanned)
-        passes = {"all-reduce": 2.0, "all-to-all": max(torus[axis] for axis in spanned) / 4}.get(kind, 1.0)
-        return passes * size * (n - 1) / n / links
+        links = {axis: (1 + self._is_ring(axis, at)) / self._sharing(axis, groups) for axis, at in spanned.items()}
+        if kind == "all-to-all":
+            return size * max(len(places) / 4 / links[axis] for axis, places in spanned.items())
+        return (2.0 if kind == "all-reduce" else 1.0) * size * (n - 1) / n / sum(links.values())
+
+    def _spanned(self, groups: np.ndarray) -> dict[int, np.ndarray]:
+        """The axes of the torus that a group spans, with the places it has on each."""
+        places = map(np.unique, self._coordinates[groups[0]].T)
+        return {axis: found for axis, found in enumerate(places) if len(found) > 1}
+
+    def _is_ring(self, axis: int, places: np.ndarray) -> bool:
+        """The axis is closed, and the way round from a group's last place to its first no longer than inside it."""
+        length = self._torus[axis]
+        return bool(length % self._chip.wraps == 0 and places[0] + length - places[-1] <= np.diff(places).max())
+
+    def _sharing(self, axis: int, groups: np.ndarray) -> int:
+        """How many groups lie over the same link of an axis, at most: those interleaved share what it carries."""
+        places = self._coordinates[groups]  # [groups, devices of a group, axes]
+        here = np.delete(places == places[0, 0], axis, -1).all(-1)  # on one line of links
+        first = np.where(here, places[..., axis], self._torus[axis]).min(1)
+        last = np.where(here, places[..., axis], -1).max(1)
+        links = np.arange(self._torus[axis])[:, None]
+        return max(1, ((first <= links) & (links < last)).sum(1).max())
+
+
+def _is_kernel(it: Instruction) -> bool:
+    return it.opcode == "custom-call" and it.attribute("custom_call_target") not in FREE_CALLS
 
 
 def _kind(it: Instruction) -> str | None:

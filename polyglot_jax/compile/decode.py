@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from polyglot_jax.attention import kernel_flops
 from polyglot_jax.checkpoint import flatten, unflatten
 from polyglot_jax.compile import hlo
 from polyglot_jax.compile.cost import HOP, Collective, Estimator
+from polyglot_jax.compile.output import new_file
 from polyglot_jax.compile.timeline import Timeline, Times
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, InputError, MeshConfig
@@ -137,10 +138,11 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(config: Config, topology: str, decode: Decode, dump_hlo: str | None = None) -> Estimate:
+def estimate(config: Config, topology: str, decode: Decode, dump: Callable[[str], object]) -> Estimate:
     """Compile `generate`'s loop for `topology` and cost a step. InputError where that cannot be done.
 
     Where mesh.data is -1, all chips that the other axes leave share the heads and the hidden layer (mesh.tensor).
+    dump: takes the text of the compiled program before it is costed.
     """
     decode.check(config)
     chip, devices = describe(topology)
@@ -159,8 +161,7 @@ def estimate(config: Config, topology: str, decode: Decode, dump_hlo: str | None
             raise
         raise InputError(f"does not fit: the compiler finds no room. {_HELPS}. It says: {error}") from error
     seconds, text = time.perf_counter() - start, compiled.as_text()
-    if dump_hlo:
-        Path(dump_hlo).write_text(text, encoding="utf-8")
+    dump(text)
     program, places = hlo.parse(text), [device.coords for device in mesh.devices.flat]
     estimator = Estimator(program, chip, PEAK_BF16[chip.kind], places, kernel_flops, 1.0)
     body = main_loop(program).called("body")[0]
@@ -214,10 +215,10 @@ def main_loop(program: hlo.Program) -> hlo.Instruction:
 
 def compile_decode(config: Config, topology: str, decode: Decode, dump_hlo: str | None, json_file: str | None) -> None:
     """Print the estimate; InputError at the end if the step does not fit."""
-    found = estimate(config, topology, decode, dump_hlo)
-    print(found)
-    if json_file:
-        Path(json_file).write_text(found.to_json(), encoding="utf-8")
+    with new_file(dump_hlo) as dump, new_file(json_file) as write:
+        found = estimate(config, topology, decode, dump)
+        print(found)
+        write(found.to_json())
     if not found.fits:
         raise InputError(
             f"does not fit: a chip needs {gib(found.memory.total)} and has {gib(found.chip.memory)}. {_HELPS}"

@@ -31,6 +31,12 @@ def describe(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
             f"--topology {name}: expected CHIP:SIZE, CHIP one of {', '.join(CHIPS)}, such as v5e:16x16 or v5p:4x8x8. "
             "(GPUs: XLA compiles for a GPU only where its driver and a card are)"
         )
+    chip, size = CHIPS[found[1]], _lengths(found[2])
+    largest = _lengths(chip.sizes[-1])  # libtpu describes larger ones too, and of more dimensions, that nobody built
+    instead = f"there are, for instance, {', '.join(f'{found[1]}:{sold}' for sold in chip.sizes)}"
+    if len(size) != len(largest) or any(a > b for a, b in zip(sorted(size), sorted(largest), strict=True)):
+        raise InputError(f"--topology {name}: no slice is larger than {chip.sizes[-1]} or has another number of "
+                         f"dimensions; {instead}")  # fmt: skip
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"--topology {name}: needs the TPU compiler; pip install -r requirements-tpu.txt")
     for key, value in _ENVIRONMENT.items():
@@ -40,16 +46,16 @@ def describe(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     from jax.experimental import topologies
 
     try:
-        size = [int(length) for length in found[2].split("x")]
         how: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
         if math.prod(size) == 1:  # libtpu otherwise takes a host to have several chips
             how["chips_per_host_bounds"] = (1, 1, 1)
         devices = topologies.get_topology_desc(name, platform="tpu", **how).devices
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
-        raise InputError(
-            f"--topology {name}: the TPU compiler knows none of that name ({error}); there are, for instance, "
-            f"{', '.join(f'{found[1]}:{size}' for size in CHIPS[found[1]].sizes)}"
-        ) from error
+        raise InputError(f"--topology {name}: the TPU compiler knows none of that name ({error}); {instead}") from error
     if len(devices) != slices * math.prod(size):
         raise InputError(f"--topology {name}: has {len(devices)} devices, not one for each chip")
-    return CHIPS[found[1]], list(devices)
+    return chip, list(devices)
+
+
+def _lengths(size: str) -> list[int]:
+    return [int(length) for length in size.split("x")]
