@@ -10,7 +10,7 @@ RECIPE = Recipe(
     name="pretrain_5_8b",
     preset="polyglot-ko-5.8b",
     tokens=172e9,
-    meshes={"v5e:16x16": "--mesh.data 2 --mesh.fsdp 128"},
+    meshes={"v5e:16x16": "--mesh.fsdp 256"},
 )
 
 if __name__ == "__main__":
