@@ -332,7 +332,8 @@ def test_what_a_process_lacks_or_has_otherwise_is_said_by_all(corpus, compiled, 
     ):
         common = ["--config", str(file), "--out", str(run)]
         with cluster(tmp_path, compiled, *common, others={1: [change]}) as members:
-            assert wait(members) == [1, 1], [member.said[-3000:] for member in members]
+            # On a busy machine one may find the other gone before it has parted from it: the engine ends it then.
+            assert set(wait(members)) <= {1, -signal.SIGABRT}, [member.said[-3000:] for member in members]
         assert members[1].errors[0].startswith(f"error: {message}"), members[1].said
         assert members[0].errors[0].startswith(f"error: process 1: {message}"), members[0].said
         assert not run.exists()
