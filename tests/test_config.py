@@ -125,7 +125,7 @@ BAD_VALUES = [
     ("train", "accumulate", 3, "train.accumulate=3", "does not divide train.batch_size=1024"),
     ("train", "sequence_length", 2049, "train.sequence_length=2049", "above model.context=2048"),
     ("sample", "max_new_tokens", 0, "sample.max_new_tokens=0", "must be above 0"),
-    ("sample", "temperature", -0.5, "sample.temperature=-0.5", "must not be negative"),
+    ("sample", "temperature", -0.5, "sample.temperature=-0.5", "must be 0, or from 1e-6 to 1e6"),
     ("optimizer", "learning_rate", float("inf"), "optimizer.learning_rate=inf", "must be a finite number"),
     ("model", "rotary_base", float("inf"), "model.rotary_base=inf", "must be a finite number"),
     ("data", "heldout", float("nan"), "data.heldout=nan", "must be a finite number"),

@@ -140,7 +140,7 @@ def test_names_of_the_hub(name):
 )
 def test_what_is_no_name_of_the_hub(name, server):
     assert not hub.is_hub_name(name)
-    with pytest.raises(InputError, match=r"neither a checkpoint|no such folder \(and not a name"):
+    with pytest.raises(InputError, match=r"must name a run|neither a checkpoint|no such folder \(and not a name"):
         open_source(name)
     assert not server.requests
 
