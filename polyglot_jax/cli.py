@@ -12,6 +12,9 @@ from polyglot_jax.config import InputError
 Verbs = dict[str, tuple[Callable[[Sequence[str]], None], str]]
 """Verb -> the function that takes its arguments, and what it does in a few words."""
 
+EXPECTED = (InputError, OSError, KeyboardInterrupt)
+"""What is said in one line; anything else is a fault of the program, and keeps its traceback."""
+
 
 def run(verbs: Verbs, program: str, arguments: Sequence[str]) -> int:
     """Run a verb; returns the exit status. What the user can mend is said in one line, without a traceback."""
@@ -26,15 +29,20 @@ def run(verbs: Verbs, program: str, arguments: Sequence[str]) -> int:
         _refuse_other_encodings(arguments[1:])
         _refuse_repeats(arguments[1:])
         verbs[arguments[0]][0](arguments[1:])
-    except (InputError, OSError) as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = " (make room and run the same command again)" if is_full else ""
-        print(f"error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+    except EXPECTED as error:
+        return say(error)
+    return 0
+
+
+def say(error: BaseException) -> int:
+    """Print what an error of `EXPECTED` means to the user; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = " (make room and run the same command again)" if is_full else ""
+    print(f"error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
+    return 1
 
 
 def _refuse_other_encodings(arguments: Sequence[str]) -> None:

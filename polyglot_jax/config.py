@@ -384,9 +384,11 @@ class DistributedConfig:
     """Seconds within which all must have come."""
     heartbeat_timeout: int = 100
     """Seconds after which a process that gives no sign of life is taken for dead, and the others end."""
+    meeting_timeout: int = 3600
+    """Seconds that processes wait, at the start and around a save, for one that lives but does not come."""
 
     def __post_init__(self) -> None:
-        _require_positive("distributed", self, "start_timeout", "heartbeat_timeout")
+        _require_positive("distributed", self, "start_timeout", "heartbeat_timeout", "meeting_timeout")
         address = self.coordinator
         for name in ("processes", "process"):
             value, is_needed = getattr(self, name), address not in (None, "auto")

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from polyglot_jax import cli
 from polyglot_jax.config import DistributedConfig, InputError
 
 
@@ -28,10 +29,17 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+_meeting_timeout = DistributedConfig.meeting_timeout  # cluster() sets what was asked for
+
+
 def gather(text: str) -> list[str]:
-    """The `text` of every process, in the order of their numbers; of all processes."""
+    """The `text` of every process, in the order of their numbers; of all processes.
+
+    InputError if one of them lives, and does not come within distributed.meeting_timeout.
+    """
     if jax.process_count() == 1:
         return [text]
+    _await_all("gather", _meeting_timeout)  # the collectives below would wait for ever
     content = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(content.size))
     width = 1 << int(sizes.max()).bit_length()  # powers of two, so that few programs are compiled
@@ -68,38 +76,63 @@ def together() -> Iterator[None]:
 def meet(place: str, seconds: int = 10) -> bool:
     """Whether all processes come to `place` within that time. Needs no device, so it may follow any error."""
     try:
-        ocp.multihost.get_barrier_sync_fn()(key=f"polyglot_jax {place}", timeout_ms=1000 * seconds)
-    except jax.errors.JaxRuntimeError:
+        _await_all(place, seconds)
+    except (InputError, jax.errors.JaxRuntimeError):
         return False
     return True
+
+
+def _await_all(place: str, seconds: int) -> None:
+    """InputError if not all come in time, JaxRuntimeError if one is lost."""
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key=f"polyglot_jax {place}", timeout_ms=1000 * seconds)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise InputError(
+            f"process {jax.process_index()}: others did not come within distributed.meeting_timeout={seconds} seconds: "
+            f"{str(error).splitlines()[0]}; look at what the missing one waits for (its file system?), or give more "
+            "time; the same command on all goes on from the newest checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager
 def cluster(where: DistributedConfig) -> Iterator[None]:
     """Inside, this process is one of those that `where` describes; nothing may have used a device before.
 
-    InputError if they do not come together, or one is lost later. The engine itself ends a process that waits for
-    one whose heartbeat stopped.
+    An expected error is said at once and ends the process (SystemExit), once the others know; InputError if another is
+    lost. The engine itself ends a process that waits for one whose heartbeat stopped.
     """
     if where.coordinator is None:
         yield
         return
+    global _meeting_timeout
+    _meeting_timeout = where.meeting_timeout
     try:
         _join(where)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
             yield
+    except cli.EXPECTED as error:
+        status = cli.say(error)  # now: the engine ends a process that waits for one that is slow to part
+        _part()
+        raise SystemExit(status) from error
     except BaseException as error:
-        if meet("failed"):  # all alike: they part in good order
+        if _part() or not isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        # JAX would wait for the others at exit, and they for this process; so it just goes, and is missed.
-        atexit.register(_leave)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            raise InputError(
-                f"process {jax.process_index()}: can no longer compute with the others: {str(error).splitlines()[0]}; "
-                "if another process has ended, it has said why; the same command on all goes on from the newest "
-                "checkpoint"
-            ) from error
-        raise
+        raise InputError(
+            f"process {jax.process_index()}: can no longer compute with the others: {str(error).splitlines()[0]}; "
+            "if another process has ended, it has said why; the same command on all goes on from the newest "
+            "checkpoint"
+        ) from error
+
+
+def _part() -> bool:
+    """Whether all have failed alike, and part in good order."""
+    if meet("failed"):
+        return True
+    # JAX would wait for the others at exit, and they for this process; so it just goes, and is missed.
+    atexit.register(_leave)
+    return False
 
 
 def _leave() -> None:

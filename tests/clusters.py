@@ -62,7 +62,7 @@ def cluster(
     compiled: Path,
     *arguments: object,
     processes: int = 2,
-    devices: int = 2,
+    devices: int = 4,
     numbers: Sequence[int] | None = None,
     others: Mapping[int, Sequence[str]] | None = None,
     place: str | None = None,

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from polyglot_jax.config import DistributedConfig, InputError
 from polyglot_jax.log import read_log
 from polyglot_jax.train import train
 
-FOUR_DEVICES = {"mesh__data": 2, "mesh__fsdp": 2}
+EIGHT_DEVICES = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,14 @@ def corpus(tmp_path_factory):
 
 
 def write_config(folder: Path, corpus: Path, **changes: object) -> Path:
-    """A config.json for --config: four devices, weights and batch split over all."""
+    """A config.json for --config: eight devices, and weights, batch and heads split over them."""
     file = folder / "config.json"
-    file.write_text(make_config(corpus, **FOUR_DEVICES | changes).to_json(), encoding="utf-8")
+    file.write_text(make_config(corpus, **EIGHT_DEVICES | changes).to_json(), encoding="utf-8")
     return file
 
 
 def train_on_two(folder: Path, compiled: Path, file: Path, run: Path, **changes: object) -> list[Member]:
-    """Train to the end, in two processes of two devices each."""
+    """Train to the end, in two processes of four devices each."""
     with cluster(folder, compiled, "--config", file, "--out", run, **changes) as members:
         assert wait(members) == [0, 0], [member.said[-3000:] for member in members]
     return members
@@ -75,7 +76,7 @@ WHOLE = {"train__steps": 12, "train__checkpoint_every": 4, "train__eval_every": 
 @pytest.fixture(scope="module")
 def on_one_process(corpus, compiled_once, unmeasured_device, tmp_path_factory):
     run = tmp_path_factory.mktemp("one") / "run"
-    train(make_config(corpus, **FOUR_DEVICES | WHOLE), run)
+    train(make_config(corpus, **EIGHT_DEVICES | WHOLE), run)
     return run
 
 
@@ -123,7 +124,8 @@ def test_two_processes_train_as_one(on_one_process, on_two_processes):
         for number in (0, 1):
             assert list((newest(run) / part / f"ocdbt.process_{number}" / "d").iterdir())
     assert f"wrote {run}/curves.png" in members[0].said and "held-out loss" in members[0].said
-    ours = [line for line in members[1].said.splitlines() if not line.startswith("[Gloo]")]
+    # Gloo's threads write in between one another.
+    ours = [line for line in members[1].said.splitlines() if "[Gloo]" not in line and "peer ranks" not in line]
     assert len(ours) == 1 and ours[0].startswith("process 1 of 2: distributed.coordinator=127.0.0.1:"), ours
 
 
@@ -168,10 +170,10 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_with_another_number(corpus
     assert 0 < stopped < 1000 and steps_kept(run) == [stopped]
     said = f"{run}: stopped by SIGTERM after step {stopped}, which is saved; the same command goes on"
     assert said in members[0].said.splitlines()
-    train(make_config(corpus, **FOUR_DEVICES | {"train__steps": stopped + 3}), run)
+    train(make_config(corpus, **EIGHT_DEVICES | {"train__steps": stopped + 3}), run)
     train_on_two(tmp_path, compiled, write_config(tmp_path, corpus, train__steps=stopped + 6), run)
     whole = tmp_path / "whole"
-    train(make_config(corpus, **FOUR_DEVICES | {"train__steps": stopped + 6}), whole)
+    train(make_config(corpus, **EIGHT_DEVICES | {"train__steps": stopped + 6}), whole)
     assert len(losses(run)) == stopped + 6
     np.testing.assert_allclose(losses(run), losses(whole), rtol=0, atol=1e-5)
     assert heldout_losses(run)[-1] == pytest.approx(heldout_losses(whole)[-1], abs=1e-5)
@@ -198,7 +200,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(corpus, compiled, 
         os.kill(members[killed].process.pid, signal.SIGKILL)
         left, status = members[1 - killed], wait(members)[1 - killed]
     says_that_another_is_lost(left, status)
-    train(make_config(corpus, **FOUR_DEVICES | WHOLE), run)
+    train(make_config(corpus, **EIGHT_DEVICES | WHOLE), run)
     close(run, on_one_process)
     assert steps_kept(run) == [4, 8, 12]
 
@@ -256,6 +258,37 @@ def test_a_save_that_fails_on_one_process_is_said_by_all(corpus, compiled, tmp_p
     Checkpoint(newest(run)).check()
     train_on_two(tmp_path, compiled, file, run)
     assert steps_kept(run) == [4, 8, 12, 14]
+
+
+def hang_in_a_save(number: int) -> None:
+    """The second process waits for ever for its file system, as it writes the checkpoint of step 8."""
+    from polyglot_jax import checkpoint
+
+    start_tree = checkpoint._start_tree
+
+    def start(path, tree):
+        wait = start_tree(path, tree)
+        is_hanging = number == 1 and path.parent.name.startswith("8.")
+        return threading.Event().wait if is_hanging else wait
+
+    checkpoint._start_tree = start
+
+
+@pytest.mark.slow
+def test_a_process_that_lives_but_does_not_come_is_not_waited_for_longer_than_asked(corpus, compiled, tmp_path):
+    run, file = tmp_path / "run", write_config(tmp_path, corpus, **WHOLE)
+    flags = ["--config", file, "--out", run, "--distributed.meeting-timeout", 20]
+    with cluster(tmp_path, compiled, *flags, setup=hang_in_a_save) as members:
+        members[0].process.join(240)
+        assert members[0].process.exitcode == 1, members[0].said[-3000:]
+        assert wait(members, 60)[1] == -signal.SIGABRT, members[1].said[-3000:]
+    said = (
+        "error: checkpoint of step 8 was not written: process 0: others did not come within "
+        "distributed.meeting_timeout=20 seconds: "
+    )
+    assert len(members[0].errors) == 1 and members[0].errors[0].startswith(said), members[0].said
+    train(make_config(corpus, **EIGHT_DEVICES | WHOLE), run)
+    assert steps_kept(run) == [4, 8, 12]
 
 
 def fail_to_read(number: int) -> None:
@@ -328,7 +361,7 @@ def test_what_a_process_lacks_or_has_otherwise_is_said_by_all(corpus, compiled, 
     for change, message in (
         ("--train.seed=1", "other settings than those of process 0: train.seed is 0 there, 1 here"),
         (f"--data.paths={tmp_path / 'none'}", f"data.paths={tmp_path / 'none'}: "),
-        ("--mesh.data=1", "mesh.fsdp=2: uses 2 of the 4 devices of 2 processes"),
+        ("--mesh.data=1", "mesh.fsdp=2 x mesh.tensor=2: uses 4 of the 8 devices of 2 processes"),
     ):
         common = ["--config", str(file), "--out", str(run)]
         with cluster(tmp_path, compiled, *common, others={1: [change]}) as members:
@@ -413,6 +446,7 @@ def as_slurm(number: int) -> None:
         ({"coordinator": "host:1", "processes": 2, "process": -1}, "distributed.process=-1: must be from 0 to 1"),
         ({"coordinator": "host:1", "processes": 0, "process": 0}, "distributed.processes=0: must be above 0"),
         ({"start_timeout": 0}, "distributed.start_timeout=0: must be above 0"),
+        ({"meeting_timeout": 0}, "distributed.meeting_timeout=0: must be above 0"),
         ({"heartbeat_timeout": -1}, "distributed.heartbeat_timeout=-1: must be above 0"),
     ],
 )
