@@ -339,10 +339,10 @@ def test_the_program_itself_exits_with_status_1_and_no_traceback(tmp_path):
 # A room imports only from rooms on lower floors. A package is one room; what lies inside may import each other.
 FLOORS = [
     {"config", "families"},
-    {"cli", "files", "hardware", "hosts", "hub", "names", "orbax_noise", "parallel", "preemption", "quantise"}
+    {"cli", "files", "hardware", "hub", "names", "orbax_noise", "parallel", "preemption", "quantise"}
     | {"manifest", "sampling", "sharding", "token_files", "tokenizer", "torch_files"},
-    {"attention", "stopping", "two_phases"},
-    {"model", "optimizer", "data", "log", "source", "safetensors_files", "store"},
+    {"attention", "hosts", "stopping"},
+    {"model", "optimizer", "data", "log", "source", "safetensors_files", "store", "two_phases"},
     {"checkpoint", "hf_folder", "steps"},
     {"weights", "program"},
     {"preflight"},
