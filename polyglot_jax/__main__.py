@@ -66,11 +66,12 @@ class GenerateCommand:
 class CompileCommand:
     """Compile a training or decode step for TPUs that are not here; print an estimate of memory, time and utilisation.
 
-    Needs requirements-tpu.txt. Exit status 1 when the step does not fit.
+    For GPUs that are not here: a training step's memory and collectives, not its time. Needs requirements-tpu.txt or
+    requirements-gpu.txt. Exit status 1 when the step does not fit.
     """
 
     topology: str
-    """Chip and size: v5e:16x16, v5p:4x8x8."""
+    """Chip and size: v5e:16x16, v5p:4x8x8; or GPU and nodes x GPUs: h100:8, h100:4x8."""
     mode: Literal["train", "decode"] = "train"
     """decode: a step of generate's loop, in bfloat16; with mesh.data -1 all chips share heads and hidden layer."""
     batch_size: int = 1
@@ -95,7 +96,7 @@ class ExplainCommand:
     """Print where each tensor of a training step lies (shape, split, bytes a device) and the step's collectives."""
 
     topology: str | None = None
-    """Chip and size of TPUs that are not here (needs requirements-tpu.txt); none: simulated CPU devices."""
+    """Chip and size of TPUs or GPUs that are not here, as for `compile`; none: simulated CPU devices."""
     preset: _PresetName = "tiny"
     """The recipe to start from."""
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None

@@ -57,6 +57,36 @@ CHIPS = {
 }  # fmt: skip
 
 
+class Card(NamedTuple):
+    """A GPU, as the CUDA compiler has to be told of one that is not here.
+
+    kind: jax.Device.device_kind. memory, l2: bytes. capability: compute capability. units: streaming multiprocessors,
+    each with `lanes` float32 units and `shared` bytes of shared memory. bandwidth: bytes/s. clock: GHz.
+    """
+
+    kind: str
+    memory: int
+    capability: tuple[int, int]
+    units: int
+    lanes: int
+    shared: int
+    l2: int
+    bandwidth: int
+    clock: float
+
+
+# By the name a topology starts with. What the driver says of them; the same figures are in OpenXLA's own target specs.
+CARDS = {
+    "a100": Card(
+        "NVIDIA A100-SXM4-80GB", 85_100_068_864, (8, 0), 108, 64, 164 * 1024, 40 * 2**20, 2_039_040_000_000, 1.41
+    ),
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3", 84_942_979_072, (9, 0), 132, 128, 228 * 1024, 50 * 2**20, 3_352_320_000_000, 1.98
+    ),
+    "h200": Card("NVIDIA H200", 151_397_597_184, (9, 0), 132, 128, 228 * 1024, 50 * 2**20, 4_800_000_000_000, 1.98),
+}
+
+
 def readable(size: int) -> str:
     """A number of bytes, in MB or GB."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -19,7 +19,7 @@ from polyglot_jax.compile.cost import Cost, Estimator, replica_groups
 from polyglot_jax.compile.output import new_file
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.hardware import CHIPS
+from polyglot_jax.hardware import CARDS, CHIPS
 from polyglot_jax.preflight import Memory
 
 CHIP = CHIPS["v5e"]
@@ -408,11 +408,52 @@ def test_slices_as_large_as_are_built_come_to_the_compiler(name, monkeypatch):
         describe(name)
 
 
-def test_without_the_compiler_the_command_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize("name", ["h100:0", "h100:0x8", "h100:2x2x2", "h100:73", "a100:1025x8"])
+def test_gpus_that_nobody_built_are_refused(name):
+    with pytest.raises(InputError, match=f"--topology {name}: expected GPUS or NODESxGPUS, .* such as 8 or 4x8"):
+        describe(name)
+
+
+@pytest.mark.parametrize("name, kind", [("v5e:2x2", "tpu"), ("h200:4x8", "gpu")])
+def test_without_the_compiler_the_command_says_what_to_install(name, kind, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    with pytest.raises(InputError, match=r"pip install -r requirements-tpu.txt"):
-        describe("v5e:2x2")
+    without = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in without else find(name))
+    with pytest.raises(InputError, match=rf"--topology {name}: .* pip install -r requirements-{kind}\.txt"):
+        describe(name)
+
+
+def described_gpus(monkeypatch, name):
+    """What `describe` tells the CUDA compiler, as fields, and what it makes of it."""
+    told = {}
+
+    def topology(_, platform, target_config, topology):
+        told.update(re.findall(r"(\w+): \"?([^\s\"]+)", target_config), platform=platform, topology=topology)
+        return SimpleNamespace(devices=("a device",))
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin")
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", topology)
+    return describe(name), told
+
+
+@pytest.mark.parametrize("name, shape", [("h100:8", "1x1x8"), ("h100:4x8", "1x4x8")])
+def test_gpus_are_described_to_their_compiler(name, shape, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    (card, devices), told = described_gpus(monkeypatch, name)
+    assert told["platform"] == "cuda" and told["topology"] == shape and devices == ["a device"]
+    assert (told["major"], told["minor"]) and told["core_count"] == "132"
+    assert told["device_memory_size"] == str(CARDS["h100"].memory) and card.memory == CARDS["h100"].memory * 3 // 4
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert described_gpus(monkeypatch, name)[0][0].memory == int(CARDS["h100"].memory * 0.9)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "much")
+    with pytest.raises(InputError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=much: must be a number"):
+        described_gpus(monkeypatch, name)
+
+
+def test_a_token_is_not_timed_on_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(decode, "describe", lambda *_: (CARDS["h100"], []))
+    assert run(VERBS, "polyglot_jax", ["compile", "--mode", "decode", "--topology", "h100:8"]) == 1
+    assert "--topology h100:8: --mode decode is for TPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["train", "decode"])
@@ -453,7 +494,7 @@ def test_a_collective_without_a_source_has_no_empty_brackets():
     program = SimpleNamespace(config=Config(), mesh=mesh, model=SimpleNamespace(attention="splash"))
     for source, end in (("", "waited for"), ("a/b", "waited for (a/b)")):
         costs = Cost(compute=1.0, collectives=[dataclasses.replace(found, source=source)])
-        printed = str(command.Estimate(program, "v5e:1x1", CHIP, Memory(1, 1, 1, 1, 1), costs, 1.0))
+        printed = str(command.Estimate(program, "v5e:1x1", CHIP, Memory(1, 1, 1, 1, 1), costs.collectives, 1.0, costs))
         assert [line.endswith(end) for line in printed.splitlines() if "all-reduce" in line] == [True]
 
 
@@ -506,3 +547,32 @@ def test_two_slices_reduce_gradients_within_and_then_between(tmp_path):
     assert all(c["covered"] <= c["seconds"] for c in between)
     with pytest.raises(InputError, match=r"--topology v5e:3x3: .* knows none of that name .*v5e:2x4, .*v5e:16x16"):
         describe("v5e:3x3")
+
+
+@pytest.mark.slow
+def test_a_small_step_is_compiled_for_eight_gpus(tmp_path, capsys):
+    """With cuDNN's attention and without, in less memory than a copy of the state beside the state would take."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        pytest.skip("no CUDA compiler: pip install -r requirements-gpu.txt")
+    out, text = tmp_path / "compiled.json", tmp_path / "step.txt"
+    sizes = "--model.layers 3 --model.embed 1024 --model.heads 8 --model.mlp 4096 --model.context 512"
+    steps = "--train.sequence-length 512 --train.batch-size 8 --train.dtype bfloat16 --train.remat full"
+    command = f"compile --topology h100:8 {sizes} {steps} --mesh.fsdp 8"
+    assert run(VERBS, "polyglot_jax", f"{command} --json {out} --dump-hlo {text}".split()) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert printed.startswith("COMPILED, not run: ") and "8 x NVIDIA H100" in printed
+    assert "not known without these GPUs: the time of a step" in printed
+    assert found["attention"] == "cudnn" and "__cudnn$fmha" in text.read_text()
+    gathered = {c["times"] for c in found["collectives"] if c["kind"] == "all-gather" and c["bytes"] >= 2 * 1024 * 4096}
+    assert 3 in gathered  # once a layer
+    assert found["memory"]["total"] < found["memory"]["free_on_chip"] and "mfu_6n" not in found
+    assert run(VERBS, "polyglot_jax", f"{command} --train.attention xla".split()) == 0
+    assert "attention xla" in capsys.readouterr().out
+
+    # On one GPU next to nothing but the state: parameters, moments and gradients, and no second copy of them.
+    alone = f"compile --topology h100:1 {sizes} {steps} --train.batch-size 1 --json {tmp_path / 'alone.json'}"
+    assert run(VERBS, "polyglot_jax", alone.replace("--train.batch-size 8 ", "").split()) == 0
+    found = json.loads((tmp_path / "alone.json").read_text())
+    state = 12 * Config.from_json(json.dumps(found["config"])).model.parameters()
+    assert found["memory"]["arguments"] == pytest.approx(state, rel=0.01)
+    assert found["memory"]["temporaries"] < state

@@ -565,8 +565,10 @@ def poison(monkeypatch, config, *numbers, row=3):
     monkeypatch.setattr(steps, "loss_sum", poisoned_sum)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(corpus, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("way", ["default", "cuda"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(corpus, tmp_path, monkeypatch, capsys, way):
     """As though the optimizer had not been there: the same parameters, moments and schedule before and after."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda state, **ways: ways[way](state))
     settings = {"train__steps": 6, "train__checkpoint_every": 1, "train__log_every": 2}
     config = make_config(corpus, **settings)
     poison(monkeypatch, config, 3)

@@ -277,6 +277,13 @@ class Estimator:
         return max(1, ((first <= links) & (links < last)).sum(1).max())
 
 
+def collectives(program: Program, devices: int, slices: int = 1) -> list[Collective]:
+    """Those of a program of `devices` devices (of one slice), whatever these are; what they take is not told."""
+    fast = Chip("any", math.inf, 0, math.inf, math.inf, 1, math.inf, ())
+    places = [(number,) for number in range(devices)]
+    return Estimator(program, fast, math.inf, places, lambda *_: 0, 1.0, slices).cost().collectives
+
+
 def _is_kernel(it: Instruction) -> bool:
     return it.opcode == "custom-call" and it.attribute("custom_call_target") not in FREE_CALLS
 

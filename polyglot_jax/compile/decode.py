@@ -26,7 +26,7 @@ from polyglot_jax.compile.timeline import Timeline, Times
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, InputError, MeshConfig
 from polyglot_jax.generate import Generator
-from polyglot_jax.hardware import PEAK_BF16, Chip
+from polyglot_jax.hardware import PEAK_BF16, Card, Chip
 from polyglot_jax.model import Params, Transformer
 from polyglot_jax.preflight import Memory, gib, on_device
 from polyglot_jax.store import is_stacked
@@ -146,6 +146,8 @@ def estimate(config: Config, topology: str, decode: Decode, dump: Callable[[str]
     """
     decode.check(config)
     chip, devices = describe(topology)
+    if isinstance(chip, Card):
+        raise InputError(f"--topology {topology}: --mode decode is for TPUs; for GPUs the compiler counts no cycles")
     mesh = sharding.make_mesh(_decoding(config.mesh, len(devices)), devices)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
     sharding.check_decoding(config.model, mesh)

@@ -10,21 +10,20 @@ import math
 import jax
 
 from polyglot_jax import sharding
-from polyglot_jax.attention import kernel_flops
 from polyglot_jax.compile import hlo
-from polyglot_jax.compile.cost import Estimator
+from polyglot_jax.compile.cost import collectives
 from polyglot_jax.compile.topology import describe
 from polyglot_jax.config import Config, InputError
-from polyglot_jax.hardware import CHIPS, PEAK_BF16
 from polyglot_jax.program import Program
 
 
 def explain(config: Config, topology: str | None) -> str:
     """A table of tensors (shape, spec, bytes a device) and one of the compiled step's collectives with their bytes.
 
-    topology: of TPUs that are not here; None: simulated CPU devices, as many as the mesh's sizes ask for (data -1: 1).
+    topology: of TPUs or GPUs that are not here; None: simulated CPU devices, as many as the mesh's sizes ask for (data
+    -1: 1).
     """
-    chip, devices = describe(topology, config.mesh.slices) if topology else (CHIPS["v5e"], _simulated(config))
+    devices = describe(topology, config.mesh.slices)[1] if topology else _simulated(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check(config, mesh)
     program = Program.make(config, mesh)
@@ -41,17 +40,14 @@ def explain(config: Config, topology: str | None) -> str:
 
     with jax.set_mesh(mesh):
         text = program.compile().as_text()
-    # The TPU compiler makes a program for each slice, the CPU's one for all.
-    devices = mesh.devices[0] if topology else mesh.devices
-    places = [getattr(device, "coords", (number,)) for number, device in enumerate(devices.flat)]
-    # Of the cost only the collectives are shown, so that other kernels than ours do not matter here.
-    known = kernel_flops if topology else lambda *_: 0
-    cost = Estimator(hlo.parse(text), chip, PEAK_BF16[chip.kind], places, known, 1.0, config.mesh.slices).cost()
+    # The TPU compiler makes a program for each slice, the others one for all.
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    found = collectives(hlo.parse(text), mesh.devices[0].size if is_tpu else mesh.size, mesh.shape["slices"])
     lines += ["", f"collectives of a step, compiled for {topology or 'simulated CPU devices'}:"]
-    for c in sorted(cost.collectives, key=lambda c: -c.times * c.bytes):
+    for c in sorted(found, key=lambda c: -c.times * c.bytes):
         lines.append(f"{c.times:>6} x {c.kind:<20}over {c.devices:<5}{c.bytes:>14,} bytes  {c.source[-70:]}")
-    total = sum(c.times * c.bytes for c in cost.collectives)
-    return "\n".join([*lines, f"{len(cost.collectives)} collectives, {total:,} bytes a step"])
+    total = sum(c.times * c.bytes for c in found)
+    return "\n".join([*lines, f"{len(found)} collectives, {total:,} bytes a step"])
 
 
 def _simulated(config: Config) -> list[jax.Device]:
