@@ -46,8 +46,8 @@ def loss_sum(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     return _head_loss_sum(model, head, x, batch.tokens[:, 1:], batch.weights)
 
 
-# Positions of each sequence, or of each device's part of one, whose logits, float32[B, CHUNK, V], are held at a time.
-CHUNK = 1024
+# Positions of a device, of all its sequences, whose logits, float32[POSITIONS, V], are held at a time: 0.5 GB.
+POSITIONS = 4096
 
 
 def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -57,7 +57,8 @@ def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """
 
     def cut(x: jax.Array) -> jax.Array:
-        count = -(-x.shape[1] // (CHUNK * sharding.parts("length")))
+        rows, length = (-(-x.shape[axis] // sharding.parts(name)) for axis, name in enumerate(("batch", "length")))
+        count = -(-length // max(1, POSITIONS // rows))
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
 

@@ -163,7 +163,7 @@ def test_explain_shows_every_tensor_with_its_bytes_and_the_collectives():
 
 def test_a_sequence_is_split_but_for_attention_which_splits_heads(monkeypatch):
     """Of activations only q, k, v and the result move, heads against positions: once forward, once backward."""
-    monkeypatch.setattr(steps, "CHUNK", 2)  # so that the loss takes 2 chunks of 4 x 2 positions
+    monkeypatch.setattr(steps, "POSITIONS", 8)  # so that the loss takes 2 chunks of 4 x 2 positions
     lines = [line.split() for line in explain(config(MeshConfig(data=2, sequence=4)), None).splitlines()]
     rows = {line[0]: line for line in lines if line}
     assert rows["weights"][1:5] == ["(8,", "16)", "(data,", "sequence)"]

@@ -26,11 +26,11 @@ def whole_loss(model, params, batch):
 
 
 # Parts that divide the 14 positions, that do not, and one part; an untied head, a tied one, one with a bias of its own.
-@pytest.mark.parametrize("family, chunk", [("gpt_neox", 7), ("gpt_neox", 64), ("gpt2", 4), ("gptj", 4)])
-def test_the_loss_in_parts_is_that_of_whole_logits(monkeypatch, family, chunk):
+@pytest.mark.parametrize("family, length", [("gpt_neox", 7), ("gpt_neox", 64), ("gpt2", 4), ("gptj", 4)])
+def test_the_loss_in_parts_is_that_of_whole_logits(monkeypatch, family, length):
     config = model_config() if family == "gpt_neox" else family_model(family)
     model, params, batch = Transformer(config), random_params(config, 1), some_batch(config.vocab)
-    monkeypatch.setattr(steps, "CHUNK", chunk)
+    monkeypatch.setattr(steps, "POSITIONS", ROWS * length)
 
     def half(loss):
         return jax.jit(jax.value_and_grad(lambda p: 0.5 * loss(model, p, batch)), compiler_options=FAST)(params)
@@ -45,12 +45,12 @@ def test_the_loss_in_parts_is_that_of_whole_logits(monkeypatch, family, chunk):
     np.testing.assert_allclose((losses * batch.weights).sum(), 2 * expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk, whole", [(4, False), (64, True)])
-def test_logits_are_held_a_part_at_a_time(monkeypatch, chunk, whole):
+@pytest.mark.parametrize("positions, length", [(12, 4), (14, 4), (41, 7), (42, LENGTH), (1000, LENGTH), (2, 1)])
+def test_logits_are_held_a_part_at_a_time(monkeypatch, positions, length):
     config = model_config()
     model, params, batch = Transformer(config), random_params(config, 1), some_batch(config.vocab)
-    monkeypatch.setattr(steps, "CHUNK", chunk)
+    monkeypatch.setattr(steps, "POSITIONS", positions)
     for function in (steps.loss_sum, jax.grad(steps.loss_sum, argnums=1)):
         text = str(jax.make_jaxpr(lambda p, function=function: function(model, p, batch))(params))
-        assert (f"f32[{ROWS},{LENGTH},{config.vocab}]" in text) == whole
-        assert f"f32[{ROWS},{min(chunk, LENGTH)},{config.vocab}]" in text
+        assert (f"f32[{ROWS},{LENGTH},{config.vocab}]" in text) == (length == LENGTH)
+        assert f"f32[{ROWS},{length},{config.vocab}]" in text
