@@ -226,7 +226,7 @@ VERBS: Verbs = {
     "generate": (_generate, "continue prompts"),
     "evaluate": (_evaluate, "score a model on KoBEST, and texts by bits per byte"),
     "explain": (_explain, "where each tensor lies on a mesh, and what the devices exchange"),
-    "compile": (_compile, "estimate memory and speed of a training or decode step on TPUs that are not here"),
+    "compile": (_compile, "estimate memory and speed of a training or decode step on devices that are not here"),
 }
 
 

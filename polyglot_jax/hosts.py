@@ -29,13 +29,17 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+class Missing(InputError):
+    """A process lives and does not come. What all do together is at an end then, whatever else is configured."""
+
+
 _meeting_timeout = DistributedConfig.meeting_timeout  # cluster() sets what was asked for
 
 
 def gather(text: str) -> list[str]:
     """The `text` of every process, in the order of their numbers; of all processes.
 
-    InputError if one of them lives, and does not come within distributed.meeting_timeout.
+    Missing if one of them lives, and does not come within distributed.meeting_timeout.
     """
     if jax.process_count() == 1:
         return [text]
@@ -56,7 +60,7 @@ def agree(ready: bool) -> bool:
 def together() -> Iterator[None]:
     """What fails inside on one process raises on all: there its own error, on the others an InputError that names it.
 
-    Of all processes. What is inside must meet no other process itself: one that failed would not come.
+    Of all processes; Missing as in `gather`. What is inside must meet no other process: one that failed would not come.
     """
     mine = None
     try:
@@ -65,7 +69,12 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         mine = error
-    said = gather("" if mine is None else str(mine) or type(mine).__name__)
+    try:
+        said = gather("" if mine is None else str(mine) or type(mine).__name__)
+    except (Missing, jax.errors.JaxRuntimeError) as lost:
+        if mine is None:
+            raise
+        raise Missing(f"{mine}; and then {lost}") from mine
     if mine is not None:
         raise mine
     for process, message in enumerate(said):
@@ -77,19 +86,19 @@ def meet(place: str, seconds: int = 10) -> bool:
     """Whether all processes come to `place` within that time. Needs no device, so it may follow any error."""
     try:
         _await_all(place, seconds)
-    except (InputError, jax.errors.JaxRuntimeError):
+    except (Missing, jax.errors.JaxRuntimeError):
         return False
     return True
 
 
 def _await_all(place: str, seconds: int) -> None:
-    """InputError if not all come in time, JaxRuntimeError if one is lost."""
+    """Missing if not all come in time, JaxRuntimeError if one is lost."""
     try:
         ocp.multihost.get_barrier_sync_fn()(key=f"polyglot_jax {place}", timeout_ms=1000 * seconds)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise InputError(
+        raise Missing(
             f"process {jax.process_index()}: others did not come within distributed.meeting_timeout={seconds} seconds: "
             f"{str(error).splitlines()[0]}; look at what the missing one waits for (its file system?), or give more "
             "time; the same command on all goes on from the newest checkpoint"
@@ -100,8 +109,8 @@ def _await_all(place: str, seconds: int) -> None:
 def cluster(where: DistributedConfig) -> Iterator[None]:
     """Inside, this process is one of those that `where` describes; nothing may have used a device before.
 
-    An expected error is said at once and ends the process (SystemExit), once the others know; InputError if another is
-    lost. The engine itself ends a process that waits for one whose heartbeat stopped.
+    An expected error is said at once; the process ends (SystemExit) when the others have failed too, or after 10 s.
+    InputError if another is lost. The engine itself ends a process that waits for one whose heartbeat stopped.
     """
     if where.coordinator is None:
         yield

@@ -19,7 +19,8 @@ class Saver:
 
     With several processes all write, and call these methods after the same steps.
     What goes wrong raises InputError at the next `poll`, `save` or `wait`; with train.if_save_fails=continue it is a
-    line on stderr instead, and the run goes on towards its next checkpoint. The last one of a process always raises.
+    line on stderr instead, and the run goes on towards its next checkpoint. The last one of a process always raises,
+    and so does a process that is missing.
     """
 
     def __init__(self, run: Path, config: Config, tokenizer: str | None):
@@ -80,7 +81,7 @@ class Saver:
     def _failed(self, error: Exception) -> None:
         newest = checkpoint.newest(self._run) or "none"
         line = f"checkpoint of step {self._step} was not written: {error} (newest checkpoint: {newest})"
-        if self._config.train.if_save_fails == "stop" or self._is_last:
+        if self._config.train.if_save_fails == "stop" or self._is_last or isinstance(error, hosts.Missing):
             raise InputError(line) from error
         if hosts.is_first():
             tqdm.write(f"warning: {line}; training goes on", file=sys.stderr)  # past the progress line

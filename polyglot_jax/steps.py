@@ -46,12 +46,13 @@ def loss_sum(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     return _head_loss_sum(model, head, x, batch.tokens[:, 1:], batch.weights)
 
 
-# Positions of a device, of all its sequences, whose logits, float32[POSITIONS, V], are held at a time: 0.5 GB.
+# Positions of a device, of all its sequences, whose logits, float32[POSITIONS, V], are held at a time: 0.5 GB where V
+# is 30,080.
 POSITIONS = 4096
 
 
 def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] -> [N, B, T / N, ...]; zeros fill the last chunk.
+    """[B, T, ...] -> [N, B, T / N, ...]; zeros fill the last chunk, but where T is split N divides each part of it.
 
     Interleaved, so that every device keeps its own positions: position t goes to chunk t % N.
     """
@@ -59,6 +60,8 @@ def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     def cut(x: jax.Array) -> jax.Array:
         rows, length = (-(-x.shape[axis] // sharding.parts(name)) for axis, name in enumerate(("batch", "length")))
         count = -(-length // max(1, POSITIONS // rows))
+        if sharding.parts("length") > 1:
+            count = next(n for n in range(count, length + 1) if length % n == 0)
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
 

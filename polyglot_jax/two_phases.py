@@ -39,6 +39,9 @@ class TwoPhases:
             with hosts.together():
                 mine = self._future.result()
             parts = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
+        except hosts.Missing:
+            with self._held:
+                raise  # there is nobody to end it with
         except Exception as error:
             failure = error
 

@@ -428,7 +428,8 @@ def described_gpus(monkeypatch, name):
     told = {}
 
     def topology(_, platform, target_config, topology):
-        told.update(re.findall(r"(\w+): \"?([^\s\"]+)", target_config), platform=platform, topology=topology)
+        told.update(re.findall(r"(\w+): \"?([^\s\"]+)", target_config))
+        told.update(text=target_config, platform=platform, topology=topology)
         return SimpleNamespace(devices=("a device",))
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin")
@@ -438,16 +439,20 @@ def described_gpus(monkeypatch, name):
 
 @pytest.mark.parametrize("name, shape", [("h100:8", "1x1x8"), ("h100:4x8", "1x4x8")])
 def test_gpus_are_described_to_their_compiler(name, shape, monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for variable in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(variable, "")
     (card, devices), told = described_gpus(monkeypatch, name)
     assert told["platform"] == "cuda" and told["topology"] == shape and devices == ["a device"]
-    assert (told["major"], told["minor"]) and told["core_count"] == "132"
+    assert "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }" in told["text"]
+    assert told["core_count"] == "132"
     assert told["device_memory_size"] == str(CARDS["h100"].memory) and card.memory == CARDS["h100"].memory * 3 // 4
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert described_gpus(monkeypatch, name)[0][0].memory == int(CARDS["h100"].memory * 0.9)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "much")
-    with pytest.raises(InputError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=much: must be a number"):
-        described_gpus(monkeypatch, name)
+    for variable in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(variable, "0.9")
+        assert described_gpus(monkeypatch, name)[0][0].memory == int(CARDS["h100"].memory * 0.9)
+        for wrong in ("much", "0", "-1", "1.1", "inf", "nan"):
+            monkeypatch.setenv(variable, wrong)
+            with pytest.raises(InputError, match=f"^{variable}={wrong}: must be above 0 and at most 1"):
+                described_gpus(monkeypatch, name)
 
 
 def test_a_token_is_not_timed_on_gpus(monkeypatch, capsys):
@@ -556,8 +561,8 @@ def test_a_small_step_is_compiled_for_eight_gpus(tmp_path, capsys):
         pytest.skip("no CUDA compiler: pip install -r requirements-gpu.txt")
     out, text = tmp_path / "compiled.json", tmp_path / "step.txt"
     sizes = "--model.layers 3 --model.embed 1024 --model.heads 8 --model.mlp 4096 --model.context 512"
-    steps = "--train.sequence-length 512 --train.batch-size 8 --train.dtype bfloat16 --train.remat full"
-    command = f"compile --topology h100:8 {sizes} {steps} --mesh.fsdp 8"
+    steps = "--train.sequence-length 512 --train.dtype bfloat16 --train.remat full"
+    command = f"compile --topology h100:8 {sizes} {steps} --mesh.fsdp 8 --train.batch-size 8"
     assert run(VERBS, "polyglot_jax", f"{command} --json {out} --dump-hlo {text}".split()) == 0
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert printed.startswith("COMPILED, not run: ") and "8 x NVIDIA H100" in printed
@@ -571,7 +576,8 @@ def test_a_small_step_is_compiled_for_eight_gpus(tmp_path, capsys):
 
     # On one GPU next to nothing but the state: parameters, moments and gradients, and no second copy of them.
     alone = f"compile --topology h100:1 {sizes} {steps} --train.batch-size 1 --json {tmp_path / 'alone.json'}"
-    assert run(VERBS, "polyglot_jax", alone.replace("--train.batch-size 8 ", "").split()) == 0
+    assert run(VERBS, "polyglot_jax", alone.split()) == 0
+    assert "collectives: none" in capsys.readouterr().out
     found = json.loads((tmp_path / "alone.json").read_text())
     state = 12 * Config.from_json(json.dumps(found["config"])).model.parameters()
     assert found["memory"]["arguments"] == pytest.approx(state, rel=0.01)

@@ -1,15 +1,19 @@
 """Several real processes that train as one: the same losses, and nobody waits for ever for one that is gone."""
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from clusters import Member, cluster, free_port, wait
 from runs import make_config, random_corpus
@@ -19,6 +23,7 @@ from polyglot_jax.checkpoint import Checkpoint, newest
 from polyglot_jax.config import DistributedConfig, InputError
 from polyglot_jax.log import read_log
 from polyglot_jax.train import train
+from polyglot_jax.two_phases import TwoPhases
 
 EIGHT_DEVICES = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 
@@ -276,7 +281,8 @@ def hang_in_a_save(number: int) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_lives_but_does_not_come_is_not_waited_for_longer_than_asked(corpus, compiled, tmp_path):
-    run, file = tmp_path / "run", write_config(tmp_path, corpus, **WHOLE)
+    """Also where a save that fails is to be gone past: there is nobody to train with."""
+    run, file = tmp_path / "run", write_config(tmp_path, corpus, **WHOLE | {"train__if_save_fails": "continue"})
     flags = ["--config", file, "--out", run, "--distributed.meeting-timeout", 20]
     with cluster(tmp_path, compiled, *flags, setup=hang_in_a_save) as members:
         members[0].process.join(240)
@@ -289,6 +295,38 @@ def test_a_process_that_lives_but_does_not_come_is_not_waited_for_longer_than_as
     assert len(members[0].errors) == 1 and members[0].errors[0].startswith(said), members[0].said
     train(make_config(corpus, **EIGHT_DEVICES | WHOLE), run)
     assert steps_kept(run) == [4, 8, 12]
+
+
+@pytest.fixture
+def nobody_comes(monkeypatch):
+    """One of two processes, as it meets the others; counts how often it waited."""
+    waited = []
+
+    def wait(**_):
+        waited.append(1)
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: process 1 is missing")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: wait)
+    return waited
+
+
+def test_an_error_of_its_own_is_said_by_a_process_that_misses_another(nobody_comes):
+    said = "^no space left; and then process 0: others did not come within"
+    with pytest.raises(hosts.Missing, match=said), hosts.together():
+        raise OSError("no space left")
+    assert not hosts.meet("place") and len(nobody_comes) == 2
+
+
+def test_a_save_waits_for_a_missing_process_once(nobody_comes):
+    held = contextlib.ExitStack()
+    left = held.enter_context(tempfile.TemporaryDirectory())
+    save = TwoPhases(held, lambda: [1], lambda parts: pytest.fail("committed alone"))
+    with pytest.raises(
+        hosts.Missing, match=r"within distributed\.meeting_timeout=3600 seconds: .* process 1 is missing"
+    ):
+        save.result()
+    assert len(nobody_comes) == 1 and not Path(left).exists()
 
 
 def fail_to_read(number: int) -> None:

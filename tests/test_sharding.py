@@ -176,6 +176,16 @@ def test_a_sequence_is_split_but_for_attention_which_splits_heads(monkeypatch):
     assert gathers == {512 * 64, 64 * 96, 64 * 64, 96, 64}
 
 
+def test_logits_stay_where_the_sequence_is_split_whatever_its_length(monkeypatch):
+    """Of 40 positions over 4 devices each has 10. A part holds 2 of each; there is room for 4, but 4 do not divide."""
+    monkeypatch.setattr(steps, "POSITIONS", 4)
+    asked = config(MeshConfig(sequence=4), context=40)
+    asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, batch_size=1, sequence_length=40))
+    found = [line.split() for line in explain(asked, None).splitlines() if " x all-" in line]
+    logits = {f"{positions * 512 * 4:,}" for positions in range(1, 43)}
+    assert found and not [line for line in found if line[5] in logits and "logits" in line[-1]]
+
+
 def test_splitting_the_sequence_saves_activations():
     def temporaries(mesh):
         asked = config(mesh, context=512)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -37,6 +37,8 @@ class Compiled:
     memory: Memory
     collectives: list[Collective]
     compile_seconds: float
+
+    _free: ClassVar[str] = "that JAX takes (XLA_CLIENT_MEM_FRACTION, 0.75 if not set)"
 
     @property
     def config(self) -> Config:
@@ -79,7 +81,7 @@ class Compiled:
             f"({self.topology}{f', {config.mesh.slices} slices' if config.mesh.slices > 1 else ''}), mesh {mesh or 1}",
             f"  {config.model.parameters():,} parameters, {train.batch_size:,} x {train.sequence_length:,} tokens, "
             f"{train.dtype}, remat {train.remat}, attention {self.attention}",
-            f"memory of a chip: {gib(memory.total)} of {gib(self.chip.memory)} that it leaves free: "
+            f"memory of a chip: {gib(memory.total)} of {gib(self.chip.memory)} {self._free}: "
             f"{'fits' if self.fits else 'DOES NOT FIT'}",
             f"  arguments {gib(memory.arguments)}, temporaries {gib(memory.temporaries)}, outputs beside them "
             f"{gib(memory.outputs - memory.aliased)}, code {gib(memory.code)}",
@@ -87,8 +89,7 @@ class Compiled:
 
     def __str__(self) -> str:
         lines = self._header("COMPILED, not run")
-        lines.append("  (JAX takes XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory, 0.75 if that is not set)")
-        lines.append("collectives:")
+        lines.append(f"collectives:{'' if self.collectives else ' none'}")
         for c in sorted(self.collectives, key=lambda c: -c.times * c.bytes)[:SHOWN]:
             lines.append(f"  {c.times:>4} x {c.kind} of {c.bytes / 1e6:,.1f} MB over {c.devices}{_from(c)}")
         lines += self._rest()
@@ -109,6 +110,7 @@ class Estimate(Compiled):
 
     chip: Chip
     cost: Cost
+    _free: ClassVar[str] = "that it leaves free"
 
     def mfu(self, with_attention: bool) -> float:
         flops = step_flops(self.config, with_attention)

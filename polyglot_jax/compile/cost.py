@@ -278,7 +278,10 @@ class Estimator:
 
 
 def collectives(program: Program, devices: int, slices: int = 1) -> list[Collective]:
-    """Those of a program of `devices` devices (of one slice), whatever these are; what they take is not told."""
+    """Those of a program of `devices` devices, whatever these are; what they take is not told.
+
+    slices: for how many slices there is such a program, as the TPU compiler makes them.
+    """
     fast = Chip("any", math.inf, 0, math.inf, math.inf, 1, math.inf, ())
     places = [(number,) for number in range(devices)]
     return Estimator(program, fast, math.inf, places, lambda *_: 0, 1.0, slices).cost().collectives

@@ -42,7 +42,8 @@ def explain(config: Config, topology: str | None) -> str:
         text = program.compile().as_text()
     # The TPU compiler makes a program for each slice, the others one for all.
     is_tpu = mesh.devices.flat[0].platform == "tpu"
-    found = collectives(hlo.parse(text), mesh.devices[0].size if is_tpu else mesh.size, mesh.shape["slices"])
+    slices = mesh.shape["slices"] if is_tpu else 1
+    found = collectives(hlo.parse(text), mesh.size // slices, slices)
     lines += ["", f"collectives of a step, compiled for {topology or 'simulated CPU devices'}:"]
     for c in sorted(found, key=lambda c: -c.times * c.bytes):
         lines.append(f"{c.times:>6} x {c.kind:<20}over {c.devices:<5}{c.bytes:>14,} bytes  {c.source[-70:]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -23,10 +24,10 @@ _ENVIRONMENT = {
 }
 
 
-# The limits that all NVIDIA GPUs of the table share, and the newest versions that its oldest drivers take.
+# With limits that all GPUs of the table share, cuDNN 9.10 and CUDA 12.8.
 _TARGET = """
 gpu_device_info {{
-  cuda_compute_capability {{ major: {card.capability[0]} minor: {card.capability[1]} }}
+  cuda_compute_capability {{ major: {card.capability[0]} minor: {card.capability[1]} feature_extension: {extension} }}
   core_count: {card.units} fpus_per_core: {card.lanes} clock_rate_ghz: {card.clock}
   device_memory_size: {card.memory} memory_bandwidth: {card.bandwidth} l2_cache_size: {card.l2}
   shared_memory_per_core: {card.shared} shared_memory_per_block_optin: {shared_per_block}
@@ -65,13 +66,25 @@ def _gpus(name: str, card: Card, size: list[int]) -> tuple[Card, list[jax.Device
         )
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise InputError(f"--topology {name}: needs the CUDA compiler; pip install -r requirements-gpu.txt")
-    target = _TARGET.format(card=card, shared_per_block=card.shared - 1024)  # the system keeps 1 KiB
-    devices = _topology_of(name, "cuda", target_config=target, topology=f"1x{nodes}x{gpus}")
-    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-    try:
-        return card._replace(memory=int(card.memory * float(share))), devices
-    except ValueError as error:
-        raise InputError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={share}: must be a number, or not be set") from error
+    free = card._replace(memory=int(card.memory * _share_of_memory()))
+    target = _TARGET.format(
+        card=card,
+        shared_per_block=card.shared - 1024,  # the system keeps 1 KiB
+        extension="ACCELERATED_FEATURES" if card.capability >= (9, 0) else "NONE",
+    )
+    return free, _topology_of(name, "cuda", target_config=target, topology=f"1x{nodes}x{gpus}")
+
+
+def _share_of_memory() -> float:
+    """Of a GPU's, that JAX takes."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
+    for name in names:
+        if text := os.environ.get(name):
+            with contextlib.suppress(ValueError):
+                if 0 < float(text) <= 1:
+                    return float(text)
+            raise InputError(f"{name}={text}: must be above 0 and at most 1, or not be set")
+    return 0.75
 
 
 def _tpus(name: str, kind: str, size: list[int], slices: int) -> tuple[Chip, list[jax.Device]]:
@@ -94,15 +107,15 @@ def _tpus(name: str, kind: str, size: list[int], slices: int) -> tuple[Chip, lis
     return chip, devices
 
 
-def _topology_of(name: str, platform: str, instead: str = "", **how: Any) -> list[jax.Device]:
-    if not jax.config.jax_platforms:  # with its plugin installed, JAX would look for such devices here first
-        jax.config.update("jax_platforms", "cpu")
+def _topology_of(name: str, platform: str, instead: str = "", /, **how: Any) -> list[jax.Device]:
+    jax.config.update("jax_platforms", "cpu")  # with its plugin installed, JAX would look for such devices here
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(name, platform=platform, **how).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"--topology {name}: the compiler knows none of that name ({error}); {instead}") from error
+        why = f"the compiler knows none of that name ({error})"
+        raise InputError(f"--topology {name}: {'; '.join(filter(None, (why, instead)))}") from error
 
 
 def _lengths(size: str) -> list[int]:
